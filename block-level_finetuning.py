@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Tune every variant of a bank once against the output of the original module (block level).
+
+Reads the original model and a pruned bank. Writes the tuned bank, statistics, and a table of all variants with
+their errors. The exact solver needs one pass of the original over some calibration text; gradient descent
+(--solver adamw) trains for epochs and also tunes q, k and v. Errors are relative: E|y - y'|² / E|y|².
+
+    python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from common import cli
+
+VARIANT_COLUMNS = ("block", "rates", "error_before", "error_after", "valid_error_before", "valid_error_after",
+                   "seconds", "iterations")
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    p.add_argument("-m", "--model", type=Path, default=Path("origin_model.pth"), metavar="MODEL",
+                   help="original model file")
+    p.add_argument("-p", "--bank", type=Path, default=Path("pruned_modules.npy"), metavar="BANK",
+                   help="bank to tune (.npy)")
+    cli.add_output(p, "finetuned_modules.npy", "bank to write")
+    p.add_argument("--variants", type=Path, metavar="CSV",
+                   help="table of variants: rates, errors before and after, seconds (default: STATS.variants.csv)")
+    p.add_argument("--solver", choices=("exact", "adamw"), default="exact",
+                   help="exact: least squares from the original's activations; adamw: gradient descent")
+    g = p.add_argument_group("exact solver")
+    g.add_argument("--calibration-sentences", type=cli.count, default=4000, metavar="N",
+                   help="training pairs the statistics are taken from, drawn by --seed")
+    g.add_argument("--damping", type=cli.positive, default=1e-4, metavar="X",
+                   help="pull towards the original weights, as a fraction of the inputs' mean square")
+    g.add_argument("--memory-budget", type=cli.memory, default="4G", metavar="SIZE",
+                   help="memory for statistics, e.g. 512M; less memory, more passes, the same result")
+    cli.add_training(p, epochs=5, lr=1e-3, stats="block_stats.csv")
+    cli.add_data(p)
+    cli.add_runtime(p)
+    return p
+
+
+def tune_exactly(args, model, opened, writer, device):
+    """Write the least-squares solutions; return the statistics' rows, the variants' rows and a summary."""
+    from common import data, reconstruction
+
+    calibration, valid = data.load_batches(args, model, calibration=args.calibration_sentences)
+    curve, table, solving, last = reconstruction.Curve(), [], 0.0, 0
+    began = time.perf_counter()
+    for r in reconstruction.tune_exactly(model.network.to(device), opened, calibration, valid, device,
+                                         budget=args.memory_budget, damping=args.damping, curve=curve):
+        writer.add(r.variant)
+        rates = " ".join(f"{rate:g}" for rate in r.variant.rates)
+        table.append([r.variant.block, rates, r.before, r.after, r.valid_before, r.valid_after, round(r.seconds, 4),
+                      r.iterations])
+        solving, last = solving + r.seconds, max(last, r.iterations)
+        print(f"{len(table):4d}/{len(opened.entries)}  {r.variant.block} at {rates}: error {r.valid_before:.4f} -> "
+              f"{r.valid_after:.4f}", file=sys.stderr)
+    passes = time.perf_counter() - began - solving
+    return curve.rows(passes, last), table, f"{passes:.1f} s of statistics, {solving:.1f} s of solving"
+
+
+def tune_by_gradient(args, model, opened, writer, device, inputs):
+    """Write the variants after gradient descent; `fit` writes the statistics. Return variants' rows and a summary."""
+    from common import data, distillation, training
+
+    train, valid = data.load_batches(args, model)
+    objective = distillation.BlockReconstruction(model.network.to(device), opened, valid, device)
+    before = objective.errors(valid, device)
+    options = training.FitOptions.from_args(args, max_grad_norm=None)
+    hashes = {role: sha for role, (_, sha, _) in inputs.items()}
+    result = training.fit(objective, train, valid, options, device=device, stats=args.stats,
+                          fingerprint=training.fingerprint(args, **hashes))
+    after = objective.errors(valid, device)
+    table = []
+    for variant, b, a in zip(objective.tuned(), before, after, strict=True):
+        writer.add(variant)
+        rates = " ".join(f"{rate:g}" for rate in variant.rates)
+        table.append([variant.block, rates, None, None, b, a, round(result.seconds / len(before), 4), result.steps])
+    return table, f"{result.steps} steps in {result.seconds:.1f} s; {result.reason}", options
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    args.variants = args.variants or args.stats.with_suffix(".variants.csv")
+    cli.check_inputs(args.model, args.bank)
+    cli.check_training(args, args.variants)
+    from common import bank, files, models, runtime, training
+    from common.provenance import provenance
+
+    device = runtime.setup(args.device, args.seed, args.threads)
+    opened, model = bank.load(args.bank), models.load(args.model)
+    opened.check_origin(model.identity, args.model)
+    inputs = {"model": (args.model, model.identity, model.provenance),
+              "bank": (args.bank, opened.sha256, opened.provenance)}
+    origin = provenance("block-level_finetuning.py", args, inputs)
+    options = None
+    with files.locked(args.output):
+        with bank.create(args.output, model.identity, opened.scheme, args.solver, origin) as writer:
+            if args.solver == "exact":
+                rows, table, summary = tune_exactly(args, model, opened, writer, device)
+                files.write_bytes(args.stats, training.statistics_csv(rows, training.COLUMNS[:5]))
+            else:
+                table, summary, options = tune_by_gradient(args, model, opened, writer, device, inputs)
+            files.write_bytes(args.variants, training.statistics_csv(table, VARIANT_COLUMNS))
+        if options:
+            training.finish(options)
+    before, after = (sum(row[i] for row in table) / len(table) for i in (4, 5))
+    print(f"{args.output}: {len(table)} variants; mean relative error on validation text {before:.4f} -> "
+          f"{after:.4f}; {summary}")
+    print(f"{args.variants}: every variant's errors")
+    print(f"next: python model-level_finetuning.py -m {args.model} -p {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,153 @@
+"""Reading and writing files so that nothing is lost: atomic replacement, bounded JSON, digests, locks."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+MAX_JSON_BYTES = 64 << 20  # a scheme for hundreds of configurations of T5-11B has well under 10 MB
+MAX_JSON_DEPTH = 100
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is the whole message. `common.cli.run` turns it into exit code 2."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived and the work stopped in good order; exit code 128 + signum."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum
+
+
+def file_problem(path: Path) -> str | None:
+    """Say why ``path`` is not a readable, non-empty file, or return None."""
+    if not path.exists():
+        return f"{path}: no such file"
+    if not path.is_file():
+        return f"{path}: is not a file"
+    if not os.access(path, os.R_OK):
+        return f"{path}: no permission to read it"
+    if path.stat().st_size == 0:
+        return f"{path}: is empty"
+    return None
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path):
+    """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends well.
+
+    The data is flushed to disk before the rename, so that after a crash at any moment ``path`` is either the
+    old file or the new one. If the block raises, the temporary file is removed and ``path`` is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` atomically."""
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def to_json(value) -> str:
+    """Return JSON with sorted keys, one stable text for one value; NaN and infinity are refused."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, value) -> None:
+    """Write ``value`` as indented JSON atomically; key order is the caller's."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def parse_json(data: bytes, name: str):
+    """Parse UTF-8 JSON of bounded size and depth from an untrusted source.
+
+    Raises:
+        UserError: ``name`` is too large, nested too deeply, not JSON, or has a key twice in one object.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise UserError(f"{name}: JSON of more than {MAX_JSON_BYTES >> 20} MiB is not read")
+
+    def unique(pairs):
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            keys = [k for k, _ in pairs]
+            twice = next(k for k in keys if keys.count(k) > 1)
+            raise UserError(f"{name}: the key {twice!r} stands twice in one object")
+        return result
+
+    def constant(text):
+        raise ValueError(f"{text} is not a JSON number")
+
+    try:
+        text = data.decode("utf-8-sig")
+        depth = 0
+        # Strings are skipped whole, so that brackets inside them do not count.
+        for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+            if depth > MAX_JSON_DEPTH:
+                raise UserError(f"{name}: JSON nested more than {MAX_JSON_DEPTH} deep is not read")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: is not valid JSON: {error}") from None
+
+
+def read_json(path: Path):
+    """Read a JSON file; see `parse_json`."""
+    problem = file_problem(path)
+    if problem:
+        raise UserError(problem)
+    with open(path, "rb") as file:
+        return parse_json(file.read(MAX_JSON_BYTES + 1), str(path))
+
+
+def digest(data: bytes | str) -> str:
+    """Return the SHA-256 of ``data`` in hexadecimal."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Hold ``path`` (an output or a checkpoint folder) for this process alone.
+
+    Raises:
+        UserError: another process that still runs holds it. A killed process leaves no lock behind.
+    """
+    name = path.with_name(f".{path.name}.lock")
+    while True:
+        handle = os.open(name, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise UserError(f"{path}: another run is writing it; wait for that one or choose another "
+                            "output") from None
+        # Whoever finished between our open and our lock has unlinked this file: take the one that is there now.
+        if os.path.exists(name) and os.path.samestat(os.fstat(handle), os.stat(name)):
+            break
+        os.close(handle)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        os.close(handle)

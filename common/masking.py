@@ -1,0 +1,98 @@
+"""Pure functions from weights and a pruning rate to masks, and masks kept in force during training.
+
+A mask is a bool tensor of the weight's shape, True where the weight is kept.
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from common.files import UserError
+
+
+def removed_count(rate: float, count: int) -> int:
+    """Return rate × count, rounded half up: how many of ``count`` things a pruning rate removes.
+
+    The rate is taken as the decimal number the user wrote: 0.145 of 1,000 is 145, though the nearest binary
+    fraction lies below.
+    """
+    return math.floor(Fraction(repr(float(rate))) * count + Fraction(1, 2))
+
+
+def smallest_removed(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a mask of ``scores``' shape without its ``count`` smallest entries; ties fall to the first ones."""
+    order = torch.sort(scores.flatten(), stable=True).indices[:count]
+    mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[order] = False
+    return mask.view(scores.shape)
+
+
+def magnitude_mask(weight: torch.Tensor, rate: float) -> torch.Tensor:
+    """Remove single weights of least magnitude (l1-unstructured, as `torch.nn.utils.prune.l1_unstructured`)."""
+    return smallest_removed(weight.abs(), removed_count(rate, weight.numel()))
+
+
+def head_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return each head's joint l1 norm of its q, k and v rows, shape (heads,)."""
+    return sum(w.abs().reshape(heads, -1).double().sum(dim=1) for w in (q, k, v))
+
+
+def head_mask(scores: torch.Tensor, rate: float) -> torch.Tensor:
+    """Remove the heads of lowest score; shape (heads,).
+
+    Raises:
+        UserError: the rate would remove every head.
+    """
+    heads = scores.numel()
+    removed = removed_count(rate, heads)
+    if removed >= heads:
+        raise UserError(f"pruning rate {rate} removes all {heads} heads; the highest that leaves one is below "
+                        f"{(heads - 0.5) / heads:g}")
+    return smallest_removed(scores, removed)
+
+
+def attention_masks(heads_kept: torch.Tensor, q: torch.Tensor, o_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the weight masks of an attention whose heads ``heads_kept`` (heads,) remain.
+
+    Args:
+        q: any weight of q, k, v, shape (heads × d_kv, d_model).
+        o_mask: mask of the out-projection by its own rate, shape (d_model, heads × d_kv). The columns that
+            read a removed head multiply zeros, so they are removed too.
+    """
+    inner = heads_kept.repeat_interleave(q.shape[0] // heads_kept.numel())
+    rows = inner[:, None].expand(q.shape)
+    return {"q": rows, "k": rows, "v": rows, "o": o_mask & inner[None, :]}
+
+
+class _Mask(nn.Module):
+    """Parametrization ``where(mask, weight, 0)``: removed weights are exactly zero and get no gradient."""
+
+    def __init__(self, mask: torch.Tensor):
+        super().__init__()
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.mask, weight, 0.0)
+
+
+def enforce(model: nn.Module, masks: dict[str, torch.Tensor]) -> None:
+    """Apply each mask in every forward pass until `release`; ``masks`` is keyed by weight name. Mutates model."""
+    for name, mask in masks.items():
+        owner = model.get_submodule(name.removesuffix(".weight"))
+        parametrize.register_parametrization(owner, "weight", _Mask(mask.to(owner.weight.device)), unsafe=True)
+
+
+def release(model: nn.Module) -> None:
+    """Write the masked weights back as plain parameters; removed ones are exactly zero. Mutates model."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def sparsity(model: nn.Module) -> tuple[int, int]:
+    """Return (parameters, zeros) of a model; a shared tensor counts once."""
+    tensors = list(model.parameters())
+    return sum(p.numel() for p in tensors), sum(int((p == 0).sum()) for p in tensors)

@@ -1,0 +1,288 @@
+"""The ``.pth`` model file: one plain dictionary of tensors, strings and numbers that holds a whole model.
+
+Layout (``torch.load(path, weights_only=True, mmap=True)`` reads it)::
+
+    format, version     what this is
+    config              the model's Hugging Face configuration, JSON
+    tokenizer           the tokenizer (`tokenizers` library), JSON
+    prefix              text put before each source sentence
+    weights             {name: float32 tensor}, tied tensors once
+    aliases             {name: name in weights} for tied tensors, JSON
+    masks               {weight name: bits (numpy.packbits) of the mask}, for pruned weights
+    identity            SHA-256 over all of the above
+    provenance          stage, arguments, seed, versions and the files it was made from, JSON
+
+A zip comment after the last byte holds the SHA-256 of the file, so that any flipped bit is noticed.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import masking
+from common.files import UserError, atomic_write, file_problem, parse_json, to_json
+
+FORMAT = "composable-pruning model"
+VERSION = 1
+_SEAL = b"sha256="
+_SEAL_BYTES = len(_SEAL) + 64
+
+
+@dataclass
+class Model:
+    """A translation model and all it needs: network, tokenizer, prefix, masks, origin."""
+
+    network: torch.nn.Module
+    tokenizer_json: str
+    prefix: str = ""
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    identity: str = ""
+    provenance: dict = field(default_factory=dict)
+
+    @property
+    def tokenizer(self):
+        """The `tokenizers.Tokenizer`, which appends the end-of-sentence token itself."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(self.tokenizer_json)
+
+
+def _seal_file(file) -> None:
+    """Append the SHA-256 of everything before it as the zip archive's comment."""
+    file.flush()
+    file.seek(0)
+    value = hashlib.file_digest(file, "sha256").hexdigest().encode()
+    file.seek(-2, os.SEEK_END)  # the comment's length, 0 so far, ends a zip file
+    file.write(struct.pack("<H", _SEAL_BYTES) + _SEAL + value)
+
+
+def _check_seal(path: Path, what: str) -> None:
+    size = path.stat().st_size
+    foreign = UserError(f"{path}: is not {what} of this toolkit, or is truncated")
+    if size < 22 + _SEAL_BYTES:
+        raise foreign
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise foreign
+        file.seek(size - _SEAL_BYTES - 2)
+        tail = file.read()
+        if tail[2:2 + len(_SEAL)] != _SEAL:
+            raise foreign
+        file.seek(0)
+        value, left = hashlib.sha256(), size - _SEAL_BYTES - 2
+        while left and (block := file.read(min(left, 1 << 20))):
+            value.update(block)
+            left -= len(block)
+        value.update(b"\0\0")
+    if value.hexdigest().encode() != tail[2 + len(_SEAL):] or tail[:2] != struct.pack("<H", _SEAL_BYTES):
+        raise UserError(f"{path}: is damaged: its checksum does not fit its content")
+
+
+def save_sealed(path: Path, content: dict) -> None:
+    """Write a dictionary of tensors and plain values atomically, with a checksum over the whole file."""
+    with atomic_write(path) as file:
+        recorder = _Recorder(file)
+        try:
+            torch.save(content, recorder)
+        except RuntimeError:
+            if recorder.error:  # torch reports a full disk as a failed assertion
+                raise recorder.error from None
+            raise
+        _seal_file(file)
+
+
+class _Recorder:
+    """A file whose first `OSError` is kept, since `torch.save` replaces it with a message of its own."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def load_sealed(path: Path, what: str) -> dict:
+    """Read a file that `save_sealed` wrote, without running code from it; tensors stay on disk until used.
+
+    Raises:
+        UserError: missing, truncated, damaged, foreign, or holding anything but tensors and plain values.
+    """
+    problem = file_problem(path)
+    if problem:
+        raise UserError(problem)
+    _check_seal(path, what)
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(i.compress_type or i.file_size > size or i.flag_bits & 1 for i in archive.infolist()):
+                raise UserError(f"{path}: is not {what} of this toolkit")
+        content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # torch raises many kinds for a file it cannot or will not read
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: is not {what} of this toolkit; nothing in it was run ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is not {what} of this toolkit")
+    return content
+
+
+def build_network(config: dict, name: str = "model"):
+    """Return a T5 or mT5 for conditional generation on the meta device (shapes, no memory).
+
+    Raises:
+        UserError: ``config`` describes no T5.
+    """
+    kind = config.get("model_type")
+    if kind == "mt5":
+        from transformers.models.mt5.configuration_mt5 import MT5Config as Config
+        from transformers.models.mt5.modeling_mt5 import MT5ForConditionalGeneration as Network
+    elif kind == "t5":
+        from transformers.models.t5.configuration_t5 import T5Config as Config
+        from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration as Network
+    else:
+        raise UserError(f"{name}: is a {kind!r:.40} model; this toolkit prunes the T5 family (t5, mt5)")
+    limits = {"d_model": 1 << 16, "d_kv": 1 << 16, "d_ff": 1 << 20, "num_heads": 1 << 12, "num_layers": 1 << 10,
+              "num_decoder_layers": 1 << 10, "vocab_size": 1 << 24}
+    for key, limit in limits.items():
+        value = config.get(key)
+        if value is not None and not (isinstance(value, int) and 0 < value <= limit):
+            raise UserError(f"{name}: its configuration has {key} = {value!r:.40}, allowed is 1 to {limit}")
+    try:
+        parsed = Config(**config)
+        # transformers 5 derives this from tie_word_embeddings, which it then overwrites: keep what was saved.
+        if "scale_decoder_outputs" in config:
+            parsed.scale_decoder_outputs = config["scale_decoder_outputs"]
+        with torch.device("meta"):
+            network = Network(parsed)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name}: its configuration does not describe a T5: {reason:.150}") from None
+    return network.eval()
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return a bool mask as bits, eight to a byte, row by row."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpack_mask(bits: torch.Tensor, shape) -> torch.Tensor:
+    """Return the bool mask of ``shape`` that `pack_mask` packed."""
+    flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
+    return torch.from_numpy(flat.view(bool)).view(*shape)
+
+
+def _identity(content: dict) -> str:
+    value = hashlib.sha256()
+    for key in ("config", "tokenizer", "prefix", "aliases"):
+        value.update(f"{key}:{len(content[key])}:{content[key]}".encode())
+    for group in ("weights", "masks"):
+        for name, tensor in sorted(content[group].items()):
+            value.update(f"{group}:{name}:{tuple(tensor.shape)}".encode())
+            value.update(tensor.detach().contiguous().numpy().data)
+    return value.hexdigest()
+
+
+def save(path: Path, model: Model) -> None:
+    """Write a model file atomically and set ``model.identity``.
+
+    Weights are stored in float32; weights outside a mask must be exactly zero already (`masking.release`).
+    """
+    network = model.network
+    first: dict[int, str] = {}
+    weights, aliases = {}, {}
+    for name, p in network.state_dict(keep_vars=True).items():
+        if id(p) in first:
+            aliases[name] = first[id(p)]
+        else:
+            first[id(p)] = name
+            weights[name] = p.detach().to("cpu", torch.float32).contiguous()
+    for name, mask in model.masks.items():
+        assert not weights[name][~mask].any(), f"{name} has weights outside its mask"
+    config = network.config.to_dict()
+    keep = {k: v for k, v in config.items() if k != "dtype" and isinstance(v, (str, int, float, bool, type(None)))}
+    content = {
+        "format": FORMAT, "version": VERSION, "config": to_json(keep), "tokenizer": model.tokenizer_json,
+        "prefix": model.prefix, "weights": weights, "aliases": to_json(aliases),
+        "masks": {name: pack_mask(mask) for name, mask in sorted(model.masks.items())},
+    }
+    model.identity = content["identity"] = _identity(content)
+    content["provenance"] = to_json(model.provenance)
+    save_sealed(path, content)
+
+
+def load(path: Path) -> Model:
+    """Read a model file; weights are mapped from disk copy-on-write, so loading costs no second copy.
+
+    Raises:
+        UserError: the file is missing, damaged, foreign, or does not fit together.
+    """
+    content = load_sealed(path, "a model file")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a model file of this toolkit; download_model.py makes one")
+    if content.get("version") != VERSION:
+        raise UserError(f"{path}: model file version {content.get('version')!r:.20}, this toolkit reads {VERSION}")
+    broken = UserError(f"{path}: is not a complete model file of this toolkit")
+    texts = ("config", "tokenizer", "prefix", "aliases", "identity", "provenance")
+    if not all(isinstance(content.get(key), str) for key in texts):
+        raise broken
+    weights, packed = content.get("weights"), content.get("masks")
+    if not isinstance(weights, dict) or not isinstance(packed, dict):
+        raise broken
+    size = path.stat().st_size
+    for tensor in (*weights.values(), *packed.values()):
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.is_contiguous()
+        if not dense or tensor.numel() * tensor.element_size() > size:
+            raise broken
+    config, aliases, provenance = (parse_json(content[k].encode(), f"{path}: {k}")
+                                   for k in ("config", "aliases", "provenance"))
+    if not all(isinstance(x, dict) for x in (config, aliases, provenance)):
+        raise broken
+    network = build_network(config, str(path))
+    parameters = {name: torch.nn.Parameter(t) for name, t in weights.items() if t.is_floating_point()}
+    state = parameters | {name: parameters[of] for name, of in aliases.items() if of in parameters}
+    shapes = {name: p.shape for name, p in network.state_dict().items()}
+    wrong = sorted(set(shapes) ^ set(state)) or [n for n in shapes if shapes[n] != state[n].shape]
+    if wrong:
+        raise UserError(f"{path}: its weights do not fit its configuration: {', '.join(wrong[:3])}")
+    network.load_state_dict(state, assign=True)
+    masks = {}
+    for name, bits in packed.items():
+        if name not in shapes or bits.dtype != torch.uint8 or bits.numel() != -(-shapes[name].numel() // 8):
+            raise UserError(f"{path}: its mask of {name!r:.100} does not fit")
+        masks[name] = unpack_mask(bits, shapes[name])
+    model = Model(network, content["tokenizer"], content["prefix"], masks, content["identity"], provenance)
+    try:
+        _ = model.tokenizer
+    except Exception as error:
+        raise UserError(f"{path}: its tokenizer cannot be read: {str(error):.150}") from None
+    return model
+
+
+def mask_report(model: Model) -> str:
+    """Return 'parameters, share of zeros' of a model in one phrase."""
+    total, zeros = masking.sparsity(model.network)
+    return f"{total:,} parameters, {zeros / total:.1%} of them zero"
+
+
+def read_config(folder: Path) -> dict:
+    """Return ``config.json`` of a Hugging Face model folder."""
+    path = folder / "config.json"
+    problem = file_problem(path)
+    if problem:
+        raise UserError(problem)
+    return json.loads(path.read_text())

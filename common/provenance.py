@@ -1,0 +1,39 @@
+"""What an artifact says of its making, kept with it and with everything made from it."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+
+def provenance(stage: str, args, inputs: dict[str, tuple[Path, str, dict]]) -> dict:
+    """Return an artifact's provenance: stage, arguments, library versions, inputs with their own provenance.
+
+    Args:
+        stage: the script's name.
+        args: its parsed arguments.
+        inputs: {role: (path, SHA-256 of the content, the input's own provenance)}.
+    """
+    def plain(value):
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    names = ("torch", "transformers", "tokenizers", "torchtext", "numpy")
+    return {"stage": stage, "arguments": {k: plain(v) for k, v in sorted(vars(args).items())},
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+            "inputs": {role: {"file": path.name, "sha256": sha, "provenance": origin}
+                       for role, (path, sha, origin) in inputs.items()}}
+
+
+def ancestry(origin: dict, indent: str = "") -> str:
+    """Return provenance as an indented tree, one line a stage with its arguments, inputs below it."""
+    arguments = " ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in origin.get("arguments", {}).items()
+                         if v is not None and v is not False)
+    versions = ", ".join(f"{k} {v}" for k, v in origin.get("versions", {}).items())
+    lines = [f"{indent}made by {origin.get('stage', 'an unknown stage')}: {arguments}", f"{indent}  with {versions}"]
+    for role, entry in origin.get("inputs", {}).items():
+        lines.append(f"{indent}  {role}: {entry['file']} (sha256 {entry['sha256']})")
+        if entry["provenance"]:
+            lines.append(ancestry(entry["provenance"], indent + "    "))
+    return "\n".join(lines)

@@ -1,0 +1,386 @@
+"""The one training loop: batches, AdamW, validation, early stop, checkpoints, resume. The loss is passed in."""
+
+import contextlib
+import csv
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import masking, models, runtime
+from common.cli import CHECKPOINT, checkpoint_folder
+from common.data import Batches, load_batches
+from common.files import Interrupted, UserError, locked, write_bytes
+from common.models import load_sealed, save_sealed
+from common.provenance import provenance
+
+COLUMNS = ("epoch", "train_loss", "valid_loss", "train_seconds", "valid_seconds", "step", "learning_rate")
+# A checkpoint is written at every validation, and in between so often that writing takes about 5 % of the time.
+_CHECKPOINT_SHARE = 0.05
+_CHECKPOINT_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What the training flags say; see `common.cli.add_training` for units and meaning."""
+
+    epochs: int
+    lr: float
+    checkpoint_dir: Path
+    schedule: str = "constant"
+    warmup: int = 0
+    embedding_lr_factor: float = 1.0
+    weight_decay: float = 0.01
+    early_stop: float | None = None
+    target_loss: float | None = None
+    eval_every: int | None = None
+    resume: bool = False
+    max_grad_norm: float | None = 1.0
+
+    @classmethod
+    def from_args(cls, args, **changes) -> "FitOptions":
+        values = {k: getattr(args, k) for k in (
+            "epochs", "lr", "schedule", "warmup", "embedding_lr_factor", "weight_decay", "early_stop",
+            "target_loss", "eval_every", "resume")}
+        return cls(**(values | {"checkpoint_dir": checkpoint_folder(args)} | changes))
+
+
+@dataclass
+class FitResult:
+    """What a finished run reports: best validation loss and its epoch, steps, training seconds, why it ended."""
+
+    best_loss: float
+    best_epoch: float
+    steps: int
+    seconds: float
+    reason: str
+
+
+@dataclass
+class _State:
+    """Everything that a resumed run needs beside weights, optimizer and random state."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    loss_count: float = 0.0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    best_epoch: float = 0.0
+    rows: list = field(default_factory=list)
+
+
+class TranslationLoss(nn.Module):
+    """Cross-entropy of a T5 on a batch: ``forward`` returns (sum over target tokens, number of tokens)."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch):
+        labels = batch["labels"]
+        out = self.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                           decoder_input_ids=shift_right(labels, self.network.config))
+        loss = nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return loss, (labels >= 0).sum()
+
+
+def shift_right(labels: torch.Tensor, config) -> torch.Tensor:
+    """Return the decoder's input for ``labels`` (batch, tgt_len): start token first, label padding as pad."""
+    start = labels.new_full((labels.shape[0], 1), config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1]], dim=1).masked_fill_(
+        torch.cat([torch.zeros_like(start), labels[:, :-1]], dim=1) < 0, config.pad_token_id)
+
+
+@torch.no_grad()
+def evaluate(objective: nn.Module, batches: Batches, device) -> float:
+    """Return the objective's loss per token over a split, in evaluation mode (no dropout)."""
+    was_training = objective.training
+    objective.eval()
+    total = count = 0.0
+    for batch in batches.fixed(device):
+        loss, n = objective(batch)
+        total, count = total + float(loss), count + float(n)
+    objective.train(was_training)
+    return total / count
+
+
+def statistics_csv(rows: list, columns=COLUMNS) -> bytes:
+    """Return rows as CSV text with a header; floats in their shortest exact form."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(["" if x is None else x for x in row] for row in rows)
+    return text.getvalue().encode()
+
+
+def _optimizer(objective: nn.Module, options: FitOptions) -> torch.optim.Optimizer:
+    embeddings = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding)}
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if id(p) not in embeddings], "factor": 1.0},
+              {"params": [p for p in trained if id(p) in embeddings], "factor": options.embedding_lr_factor}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr, weight_decay=options.weight_decay,
+                             fused=True)
+
+
+class _Signals:
+    """SIGINT and SIGTERM are noted while the block runs; the loop looks between steps. A second one stops at once."""
+
+    def __enter__(self):
+        self.caught = None
+        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, signum, frame):
+        if self.caught:
+            raise Interrupted("stopped without a new checkpoint", signum)
+        self.caught = signum
+        print("\nstopping after this step …", file=sys.stderr)
+
+    def __exit__(self, *error):
+        for s, handler in self._old.items():
+            signal.signal(s, handler)
+
+
+def fit(objective: nn.Module, train: Batches, valid: Batches, options: FitOptions, *, device, stats: Path,
+        fingerprint: dict, log: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> FitResult:
+    """Train ``objective`` and leave the weights with the best validation loss in it.
+
+    The first row of the statistics is the validation before any step (epoch 0, no training loss), so a start
+    that is already good enough is kept and counted. An interrupted and resumed run equals an uninterrupted
+    one: data order depends on seed and epoch alone; weights, optimizer, random state, counters and rows are
+    in the checkpoint.
+
+    Args:
+        objective: ``objective(batch)`` returns (loss sum, count); its trainable parameters are trained. Mutated.
+        stats: the CSV to write, one row an evaluation.
+        fingerprint: what must be equal for a checkpoint to be resumed, {name: value}.
+
+    Raises:
+        UserError: the loss or a gradient is not finite, the checkpoint is of another run or in use.
+        Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
+    """
+    folder = options.checkpoint_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
+    with locked(folder), _Signals() as signals:
+        result = _Run(objective, train, valid, options, device, stats, fingerprint, log, signals).run()
+    return result
+
+
+def finish(options: FitOptions) -> None:
+    """Remove a finished run's checkpoint, once its result is safe on disk."""
+    with contextlib.suppress(OSError):
+        (options.checkpoint_dir / CHECKPOINT).unlink()
+        options.checkpoint_dir.rmdir()
+
+
+class _Run:
+    """One call of `fit`; the methods share its state."""
+
+    def __init__(self, objective, train, valid, options, device, stats, fingerprint, log, signals):
+        self.objective, self.train, self.valid, self.options = objective, train, valid, options
+        self.device, self.stats, self.fingerprint, self.log, self.signals = device, stats, fingerprint, log, signals
+        self.optimizer = _optimizer(objective, options)
+        self.trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        self.state, self.best = _State(), {}
+        self.path = options.checkpoint_dir / CHECKPOINT
+        self.clock = self.saved_at = time.perf_counter()
+        self.save_seconds = 0.0
+
+    def run(self) -> FitResult:
+        self._start()
+        state, options, epochs = self.state, self.options, self.options.epochs
+        reason = self._stop_reason()
+        while reason is None and state.epoch < epochs:
+            batches = self.train.epoch(state.epoch)
+            self.objective.train()
+            while state.batch < len(batches):
+                self._step(batches, len(batches))
+                last = state.batch == len(batches)
+                if last or (options.eval_every and state.step % options.eval_every == 0):
+                    if last:
+                        state.epoch, state.batch = state.epoch + 1, 0
+                    self._validate(state.epoch + state.batch / len(batches))
+                    reason = self._stop_reason()
+                    if reason or last:
+                        break
+                elif self._checkpoint_due():
+                    self._save()
+                self._yield_to_signal()
+            self._yield_to_signal()
+        if not self.best:
+            raise UserError("no validation loss was finite; nothing to keep")
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(self.best[name])
+        return FitResult(state.best_loss, state.best_epoch, state.step, state.seconds,
+                         reason or f"{epochs} epochs done")
+
+    def _start(self):
+        if self.path.exists() and not self.options.resume:
+            # The stage has checked --overwrite; a stale checkpoint belongs to the run that is replaced.
+            self.path.unlink()
+        if self.options.resume and self.path.exists():
+            self._load()
+            self.log(f"resuming after step {self.state.step} from {self.path}")
+        else:
+            if self.options.resume:
+                self.log(f"no checkpoint in {self.path.parent}; starting from the beginning")
+            self._validate(0.0)
+
+    def _stop_reason(self) -> str | None:
+        state, options = self.state, self.options
+        if options.target_loss and state.rows[-1][2] <= options.target_loss:
+            return f"target loss {options.target_loss:g} reached"
+        if options.early_stop and state.rows[-1][0] - state.best_epoch >= options.early_stop:
+            return f"no better validation loss for {options.early_stop:g} epochs"
+        return None
+
+    def _learning_rate(self, total_batches: int) -> float:
+        state, options = self.state, self.options
+        rate = options.lr * min(1.0, (state.step + 1) / options.warmup) if options.warmup else options.lr
+        if options.schedule == "linear":
+            rate *= 1 - (state.epoch + state.batch / total_batches) / options.epochs
+        return rate
+
+    def _step(self, batches, total: int):
+        state = self.state
+        rate = self._learning_rate(total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        batch = self.train.collate(batches[state.batch], self.device)
+        loss, count = self.objective(batch)
+        (loss / count).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
+        if not torch.isfinite(norm) or not torch.isfinite(loss):
+            what = "loss" if not torch.isfinite(loss) else "gradient"
+            raise UserError(f"the {what} is not finite at step {state.step + 1}; try a lower --lr"
+                            + (f"; the last good state is in {self.path}" if self.path.exists() else ""))
+        if self.options.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(self.trained.values(), self.options.max_grad_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.loss_sum, state.loss_count = state.loss_sum + float(loss), state.loss_count + float(count)
+        state.step, state.batch = state.step + 1, state.batch + 1
+        self._tick()
+
+    def _tick(self) -> float:
+        now = time.perf_counter()
+        passed, self.clock = now - self.clock, now
+        self.state.seconds += passed
+        return passed
+
+    def _validate(self, epoch: float):
+        state = self.state
+        self.clock = time.perf_counter()
+        loss = evaluate(self.objective, self.valid, self.device)
+        valid_seconds = time.perf_counter() - self.clock
+        before = sum(row[3] for row in state.rows)
+        train_loss = state.loss_sum / state.loss_count if state.loss_count else None
+        rate = self.optimizer.param_groups[0]["lr"] if state.step else None
+        state.rows.append([epoch, train_loss, loss, round(state.seconds - before, 4), round(valid_seconds, 4),
+                           state.step, rate])
+        state.loss_sum = state.loss_count = 0.0
+        if loss < state.best_loss:
+            state.best_loss, state.best_epoch = loss, epoch
+            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+        shown = "start    " if train_loss is None else f"train {train_loss:.4f}"
+        self.log(f"epoch {epoch:6.2f}  step {state.step:6d}  {shown}  valid {loss:.4f}  "
+                 f"{state.seconds:7.1f} s" + ("  *" if state.best_epoch == epoch else ""))
+        if not math.isfinite(loss):
+            raise UserError(f"the validation loss is {loss} after step {state.step}; try a lower --lr"
+                            + (f"; the last good state is in {self.path}" if self.path.exists() else ""))
+        write_bytes(self.stats, statistics_csv(state.rows))
+        self._save()
+        self.clock = time.perf_counter()
+
+    def _checkpoint_due(self) -> bool:
+        return time.perf_counter() - self.saved_at > max(_CHECKPOINT_SECONDS, self.save_seconds / _CHECKPOINT_SHARE)
+
+    def _save(self):
+        began = time.perf_counter()
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.device(self.device).type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        save_sealed(self.path, {
+            "format": "composable-pruning checkpoint", "fingerprint": self.fingerprint, "state": vars(self.state),
+            "weights": {n: p.detach().cpu() for n, p in self.trained.items()},
+            "best": {n: p.cpu() for n, p in self.best.items()},
+            "optimizer": self.optimizer.state_dict(), "rng": rng})
+        self.saved_at = self.clock = time.perf_counter()
+        self.save_seconds = self.saved_at - began
+
+    def _load(self):
+        content = load_sealed(self.path, "a checkpoint")
+        saved = content.get("fingerprint")
+        if content.get("format") != "composable-pruning checkpoint" or not isinstance(saved, dict):
+            raise UserError(f"{self.path}: is not a checkpoint of this toolkit")
+        other = [f"{key}: checkpoint {saved.get(key)!r:.80}, now {self.fingerprint.get(key)!r:.80}"
+                 for key in sorted(saved.keys() | self.fingerprint.keys())
+                 if saved.get(key) != self.fingerprint.get(key)]
+        if other:
+            raise UserError(f"{self.path}: is of another run; repeat its arguments, or start anew without "
+                            "--resume:\n  " + "\n  ".join(other))
+        try:
+            self.state = _State(**content["state"])
+            self.best = {n: t.to(self.device) for n, t in content["best"].items()}
+            with torch.no_grad():
+                for name, p in self.trained.items():
+                    p.copy_(content["weights"][name])
+            self.optimizer.load_state_dict(content["optimizer"])
+            torch.set_rng_state(content["rng"]["cpu"])
+            if "cuda" in content["rng"]:
+                torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path}: does not fit this run: {str(error).splitlines()[0]:.150}") from None
+
+    def _yield_to_signal(self):
+        if self.signals.caught:
+            self._save()
+            raise Interrupted(f"interrupted after step {self.state.step}; to go on, run the same command with "
+                              f"--resume (checkpoint: {self.path})", self.signals.caught)
+
+
+def fingerprint(args, **inputs: str) -> dict:
+    """Return what must be equal for a run to be resumed: all arguments that decide the result, and input hashes."""
+    ignored = {"resume", "overwrite", "checkpoint_dir", "output", "stats", "device", "early_stop", "target_loss"}
+    ignored |= {name for name in vars(args) if isinstance(getattr(args, name), Path)}
+    return {k: str(v) for k, v in vars(args).items() if k not in ignored} | inputs
+
+
+def finetune_model(stage: str, args, model, inputs: dict) -> int:
+    """Train a complete model as the flags say and write it; what baseline and model level share.
+
+    Args:
+        stage: the script's name, for the provenance.
+        model: a `common.models.Model`; its masks stay in force. Mutated.
+        inputs: what it was made from, for the provenance and for --resume.
+    """
+    device = runtime.setup(args.device, args.seed, args.threads)
+    with locked(args.output):
+        train, valid = load_batches(args, model)
+        options = FitOptions.from_args(args)
+        objective = TranslationLoss(model.network.to(device))
+        masking.enforce(model.network, model.masks)
+        hashes = {role: sha for role, (_, sha, _) in inputs.items()}
+        result = fit(objective, train, valid, options, device=device, stats=args.stats,
+                     fingerprint=fingerprint(args, **hashes))
+        masking.release(model.network)
+        model.provenance = provenance(stage, args, inputs)
+        models.save(args.output, model)
+        finish(options)
+    print(f"{args.output}: validation loss {result.best_loss:.4f} (epoch {result.best_epoch:g}), {result.steps} "
+          f"steps in {result.seconds:.1f} s; {result.reason}; {models.mask_report(model)}")
+    print(f"next: python evaluate.py -m {args.output}; python plot_loss.py {args.stats}")
+    return 0

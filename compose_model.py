@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""Compose a complete model: the original with the blocks of one configuration replaced by a bank's variants.
+
+Reads the original model, a bank (tuned or merely pruned) and conf.json. Writes a model file.
+
+    python compose_model.py -m origin_model.pth -p finetuned_modules.npy -c conf.json -n 0 -o composed_model.pth
+"""
+
+import sys
+
+from common import cli
+
+
+def build_parser():
+    p = cli.parser(__doc__)
+    cli.add_composition(p, "pruned_modules.npy")
+    cli.add_output(p, "composed_model.pth", "model file to write")
+    return p
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    cli.check_inputs(args.model, args.bank, args.configurations)
+    cli.check_outputs(args.overwrite, args.output)
+    from common import composition, files, models
+    from common.provenance import provenance
+
+    with files.locked(args.output):
+        model, origin = composition.from_files(args.model, args.bank, args.configurations, args.number)
+        model.provenance = provenance("compose_model.py", args, origin)
+        models.save(args.output, model)
+    print(f"{args.output}: configuration {args.number}; {models.mask_report(model)}")
+    print(f"next: python evaluate.py -m {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
