@@ -31,6 +31,11 @@ from common.files import UserError, atomic_write, file_problem, parse_json, to_j
 
 FORMAT = "composable-pruning model"
 VERSION = 1
+# What decides the function a T5 computes; paths, versions and defaults of transformers do not belong to it.
+CONFIG_KEYS = ("model_type", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers", "vocab_size",
+               "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance",
+               "dropout_rate", "layer_norm_epsilon", "scale_decoder_outputs", "pad_token_id", "eos_token_id",
+               "decoder_start_token_id")
 _SEAL = b"sha256="
 _SEAL_BYTES = len(_SEAL) + 64
 
@@ -214,7 +219,7 @@ def save(path: Path, model: Model) -> None:
     for name, mask in model.masks.items():
         assert not weights[name][~mask].any(), f"{name} has weights outside its mask"
     config = network.config.to_dict()
-    keep = {k: v for k, v in config.items() if k != "dtype" and isinstance(v, (str, int, float, bool, type(None)))}
+    keep = {k: config[k] for k in CONFIG_KEYS if config.get(k) is not None}
     content = {
         "format": FORMAT, "version": VERSION, "config": to_json(keep), "tokenizer": model.tokenizer_json,
         "prefix": model.prefix, "weights": weights, "aliases": to_json(aliases),

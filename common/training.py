@@ -271,7 +271,8 @@ class _Run:
             nn.utils.clip_grads_with_norm_(self.trained.values(), self.options.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        state.loss_sum, state.loss_count = state.loss_sum + float(loss), state.loss_count + float(count)
+        state.loss_sum += float(loss.detach())
+        state.loss_count += float(count)
         state.step, state.batch = state.step + 1, state.batch + 1
         self._tick()
 

@@ -1,0 +1,291 @@
+"""Bad input of every stage: exit code 2, one message on stderr, no traceback, nothing lost, nothing run."""
+
+import json
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+
+# Every stage with all its file inputs: {stage: (arguments with {placeholders}, {placeholder: good file})}.
+TEXT = ["--data-dir", "text"]
+INPUTS = {
+    "config_generator": (["-m", "{model}", "-o", "out.json"], {"model": "origin.pth"}),
+    "prune_scheme_generator": (["-i", "{conf}", "-o", "out.json"], {"conf": "conf.json"}),
+    "prune": (["-m", "{model}", "-c", "{scheme}"], {"model": "origin.pth", "scheme": "scheme.json"}),
+    "compose_model": (["-m", "{model}", "-p", "{bank}", "-c", "{conf}"],
+                      {"model": "origin.pth", "bank": "tuned.npy", "conf": "conf.json"}),
+    "baseline_finetuning": (["-m", "{model}", "--epochs", "1", *TEXT], {"model": "pruned.pth"}),
+    "block-level_finetuning": (["-m", "{model}", "-p", "{bank}", *TEXT],
+                               {"model": "origin.pth", "bank": "pruned.npy"}),
+    "model-level_finetuning": (["-m", "{model}", "-p", "{bank}", "-c", "{conf}", "--epochs", "1", *TEXT],
+                               {"model": "origin.pth", "bank": "tuned.npy", "conf": "conf.json"}),
+    "evaluate": (["-m", "{model}", *TEXT], {"model": "pruned.pth"}),
+    "plot_loss": (["{stats}"], {"stats": "block.csv"}),
+}
+CASES = [(name, role) for name, (_, roles) in INPUTS.items() for role in roles]
+
+
+class Hostile:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def hostile(path, proof):
+    """Write a pickle that would create ``proof``, in the shape that ``path``'s extension suggests."""
+    if path.suffix == ".npy":
+        np.save(path, np.array([Hostile(proof)], dtype=object), allow_pickle=True)
+    elif path.suffix == ".pth":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickle.dumps(Hostile(proof)))
+            archive.writestr("archive/version", "3\n")
+            archive.writestr("archive/byteorder", "little")
+    else:
+        path.write_bytes(pickle.dumps(Hostile(proof)))
+
+
+def break_file(path, how, made):
+    good = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(good[:len(good) * 2 // 3] if path.suffix != ".csv" else good[:20])
+    elif how == "foreign":
+        path.write_bytes((made / "loss.png").read_bytes() if (made / "loss.png").exists() else b"\x89PNG\r\n\x1a\n" * 99)
+    elif how == "swapped":
+        other = {".pth": "tuned.npy", ".npy": "origin.pth", ".json": "origin.pth", ".csv": "conf.json"}[path.suffix]
+        shutil.copy(made / other, path)
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "hostile":
+        hostile(path, path.parent / "hacked")
+    elif how == "sealed hostile":
+        from common import models
+
+        hostile(path, path.parent / "hacked")
+        with open(path, "r+b") as file:
+            models._seal_file(file)
+
+
+def check(result, *parts):
+    assert result.code == 2, (result.code, result.out, result.err)
+    assert "Traceback" not in result.err and "error: " in result.err
+    for part in parts:
+        assert part in result.err
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "truncated", "foreign", "swapped", "folder", "hostile"])
+@pytest.mark.parametrize(("name", "role"), CASES)
+def test_bad_files(work, made, stage, monkeypatch, name, role, how):
+    monkeypatch.chdir(work)
+    arguments, roles = INPUTS[name]
+    break_file(work / roles[role], how, made)
+    before = sorted(p.name for p in work.iterdir())
+    check(stage(name, *[a.format(**roles) for a in arguments]), roles[role])
+    assert sorted(p.name for p in work.iterdir()) == before  # nothing ran, nothing was left behind
+
+
+@pytest.mark.parametrize(("name", "role"), [c for c in CASES if c[1] == "model"])
+def test_a_hostile_pickle_with_a_valid_checksum_does_not_run(work, made, stage, monkeypatch, name, role):
+    monkeypatch.chdir(work)
+    arguments, roles = INPUTS[name]
+    break_file(work / roles[role], "sealed hostile", made)
+    check(stage(name, *[a.format(**roles) for a in arguments]), roles[role], "nothing in it was run")
+    assert not (work / "hacked").exists()
+
+
+def test_the_hostile_pickle_of_these_tests_is_hostile(tmp_path):
+    hostile(tmp_path / "x.csv", tmp_path / "hacked")
+    pickle.loads((tmp_path / "x.csv").read_bytes()).close()
+    assert (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("how", ["no config", "broken config", "other model", "no weights", "truncated weights",
+                                 "hostile weights", "no tokenizer", "broken tokenizer"])
+def test_bad_hugging_face_folders(work, stage, how):
+    hub = work / "hub"
+    config, weights, tokenizer = hub / "config.json", hub / "model.safetensors", hub / "tokenizer.json"
+    if how == "no config":
+        config.unlink()
+    elif how == "broken config":
+        config.write_text("{")
+    elif how == "other model":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "bert"}))
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "hostile weights":
+        weights.unlink()
+        hostile(hub / "x.pth", work / "hacked")
+        (hub / "x.pth").rename(hub / "pytorch_model.bin")
+    elif how == "no tokenizer":
+        tokenizer.unlink()
+    else:
+        tokenizer.write_text("{}")
+    check(stage("download_model", "-m", hub, "-o", work / "new.pth"), "hub")
+    assert not (work / "new.pth").exists() and not (work / "hacked").exists()
+
+
+def test_no_network(stage, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fail(self, name):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    check(stage("download_model", "-m", "google/flan-t5-small", "-o", tmp_path / "m.pth"),
+          "google/flan-t5-small: is no folder here and cannot be downloaded from the hub (OSError); give a local folder, "
+          "or -m tiny")
+
+
+def test_a_missing_model_folder(stage, tmp_path):
+    check(stage("download_model", "-m", tmp_path / "none", "-o", tmp_path / "m.pth"), "none: no such folder")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--attention", "0.5", "--linear", "0.5", "0.8"], "--linear lists 2 rates for 1 configurations"),
+    (["--attention", "0.5", "-n", "2"], "--attention lists 1 rates for 2 configurations"),
+    (["--linear", "1.3"], "'1.3' is not a pruning rate in [0, 1)"),
+    (["--linear", "1"], "'1' is not a pruning rate in [0, 1)"),
+    (["--linear", "-0.1"], "'-0.1' is not a pruning rate in [0, 1)"),
+    (["--linear", "nan"], "'nan' is not a pruning rate in [0, 1)"),
+    (["--linear", "half"], "'half' is not a pruning rate in [0, 1)"),
+    (["--attention", "0.9", "--linear", "0.5"], "pruning rate 0.9 removes all 4 heads"),
+    (["-n", "0"], "'0' is not a whole number of at least 1"),
+])
+def test_bad_rates(work, stage, arguments, message):
+    check(stage("config_generator", "-m", work / "origin.pth", "-o", work / "new.json", *arguments), message)
+    assert not (work / "new.json").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"encoder.block.9.layer.0.SelfAttention": 0.5}, "encoder.block.9.layer.0.SelfAttention: the model has no such"),
+    ({"encoder.block.0.layer.0.SelfAttention": 0.9}, "removes all 4 heads"),
+])
+def test_a_scheme_that_does_not_fit_the_model(work, stage, change, message):
+    (work / "conf.json").write_text(json.dumps([change]))
+    assert stage("prune_scheme_generator", "-i", work / "conf.json", "-o", work / "new.json").code == 0
+    check(stage("prune", "-m", work / "origin.pth", "-c", work / "new.json", "-o", work / "new.npy"), message)
+    assert not (work / "new.npy").exists()
+
+
+def test_an_edited_scheme(work, stage):
+    path = work / "scheme.json"
+    path.write_text(path.read_text().replace("0.8", "0.7"))
+    check(stage("prune", "-m", work / "origin.pth", "-c", path, "-o", work / "new.npy"), "was edited after it was made")
+
+
+def test_nothing_to_prune(work, stage):
+    (work / "conf.json").write_text('[{"encoder.block.0.layer.1.DenseReluDense.wi": 0.0}]')
+    check(stage("prune_scheme_generator", "-i", work / "conf.json", "-o", work / "n.json"), "there is nothing to prune")
+
+
+@pytest.mark.parametrize("name", ["compose_model", "model-level_finetuning"])
+def test_n_out_of_range(work, stage, monkeypatch, name):
+    monkeypatch.chdir(work)
+    arguments, roles = INPUTS[name]
+    check(stage(name, *[a.format(**roles) for a in arguments], "-n", 7),
+          "there is no configuration 7; it holds 2, numbered from 0 to 1")
+
+
+@pytest.mark.parametrize("name", ["compose_model", "block-level_finetuning", "model-level_finetuning"])
+def test_a_bank_of_another_model(work, stage, monkeypatch, name):
+    monkeypatch.chdir(work)
+    arguments, roles = INPUTS[name]
+    check(stage(name, *[a.format(**roles | {"model": "pruned.pth"}) for a in arguments]), "made from another model than")
+
+
+@pytest.mark.parametrize("name", ["compose_model", "model-level_finetuning"])
+def test_a_bank_that_lacks_variants_names_them(work, stage, monkeypatch, name):
+    monkeypatch.chdir(work)
+    (work / "conf.json").write_text('[{"encoder.block.0.layer.1.DenseReluDense.wi": 0.33}]')
+    arguments, roles = INPUTS[name]
+    check(stage(name, *[a.format(**roles) for a in arguments]), "encoder.block.0.layer.1.DenseReluDense.wi at 0.33")
+
+
+OUTPUTS = {**{name: "out.pth" for name in ("compose_model", "baseline_finetuning", "model-level_finetuning")},
+           "config_generator": "out.json", "prune_scheme_generator": "out.json", "prune": "out.npy",
+           "block-level_finetuning": "out.npy"}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_existing_output_is_not_replaced(work, stage, monkeypatch, name):
+    monkeypatch.chdir(work)
+    arguments, roles = INPUTS[name]
+    (work / OUTPUTS[name]).write_text("precious")
+    arguments = [a for a in arguments if a not in ("-o", "out.json")]
+    check(stage(name, *[a.format(**roles) for a in arguments], "-o", OUTPUTS[name]), "exists already", "--overwrite")
+    assert (work / OUTPUTS[name]).read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_folder_that_cannot_be_written(work, stage, monkeypatch, name):
+    """Root may write everywhere, so the folder is one in which nobody may: below a file, and in /proc."""
+    monkeypatch.chdir(work)
+    arguments, roles = INPUTS[name]
+    for folder in ("conf.json/below", "/proc/none"):
+        check(stage(name, *[a.format(**roles) for a in arguments], "-o", f"{folder}/{OUTPUTS[name]}"), folder)
+
+
+@pytest.mark.parametrize("name", ["baseline_finetuning", "block-level_finetuning", "model-level_finetuning", "evaluate"])
+def test_text_that_is_not_there(work, stage, monkeypatch, name):
+    import requests
+
+    def get(url, timeout):
+        raise requests.ConnectionError
+
+    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.chdir(work)
+    (work / "text" / "val.de").unlink()
+    arguments, roles = INPUTS[name]
+    check(stage(name, *[a.format(**roles) for a in arguments]), "val.de.gz: is not there and cannot be downloaded")
+
+
+def test_unequal_languages(work, stage, monkeypatch):
+    monkeypatch.chdir(work)
+    with open(work / "text" / "train.de", "a") as file:
+        file.write("Noch eine Zeile.\n")
+    arguments, roles = INPUTS["baseline_finetuning"]
+    check(stage("baseline_finetuning", *[a.format(**roles) for a in arguments]),
+          "train.en has 200 lines and train.de 201")
+
+
+def test_an_unknown_device(work, stage, monkeypatch):
+    monkeypatch.chdir(work)
+    check(stage("evaluate", "-m", "origin.pth", *TEXT, "--device", "warp"), "--device warp: cannot be used")
+
+
+def test_the_checkpoint_of_an_interrupted_run_is_not_thrown_away(work, stage, monkeypatch):
+    monkeypatch.chdir(work)
+    (work / "out.pth.checkpoint").mkdir()
+    (work / "out.pth.checkpoint" / "checkpoint.pth").write_text("hours of work")
+    arguments, roles = INPUTS["baseline_finetuning"]
+    check(stage("baseline_finetuning", *[a.format(**roles) for a in arguments], "-o", "out.pth"),
+          "holds the checkpoint of an interrupted run; add --resume")
+
+
+def test_a_full_disk_loses_nothing(work, stage, monkeypatch):
+    """A file-size limit stands for the full disk: the write fails in the middle."""
+    import resource
+
+    monkeypatch.chdir(work)
+    (work / "out.pth").write_text("precious")
+    arguments, roles = INPUTS["compose_model"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        result = stage("compose_model", *[a.format(**roles) for a in arguments], "-o", "out.pth", "--overwrite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    check(result, "File too large")
+    assert (work / "out.pth").read_text() == "precious" and not list(work.glob(".*"))

@@ -1,0 +1,93 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from common import masking
+from common.files import UserError
+
+
+@pytest.mark.parametrize(("rate", "count", "removed"), [
+    (0.0, 10, 0), (0.5, 10, 5), (0.25, 10, 3), (0.5, 5, 3), (0.145, 1000, 145), (0.35, 10, 4), (0.99, 10, 10),
+    (0.1, 4, 0), (0.125, 4, 1),
+])
+def test_removed_count_rounds_half_up_in_decimal(rate, count, removed):
+    assert masking.removed_count(rate, count) == removed
+
+
+def test_magnitude_mask_by_hand():
+    weight = torch.tensor([[3.0, -1.0], [0.5, -4.0]])
+    assert masking.magnitude_mask(weight, 0.5).tolist() == [[True, False], [False, True]]
+
+
+def test_ties_fall_to_the_first_entries():
+    assert masking.magnitude_mask(torch.ones(1, 4), 0.5).tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.8, 0.95])
+def test_magnitude_mask_equals_torch_l1_unstructured(rate):
+    torch.manual_seed(1)
+    linear = nn.Linear(20, 30, bias=False)
+    mine = masking.magnitude_mask(linear.weight.detach(), rate)
+    prune.l1_unstructured(linear, "weight", amount=rate)
+    assert torch.equal(mine, linear.weight_mask.bool())
+
+
+def test_head_scores_add_q_k_and_v_rows_by_hand():
+    q = torch.tensor([[1.0, -1.0], [0.0, 2.0], [1.0, 0.0], [0.0, 0.0]])
+    k, v = torch.zeros(4, 2), torch.tensor([[0.0, 0.0], [0.0, 0.0], [5.0, 0.0], [0.0, -1.0]])
+    assert masking.head_scores(q, k, v, heads=2).tolist() == [4.0, 7.0]
+
+
+def test_head_mask_removes_the_lowest_scores():
+    assert masking.head_mask(torch.tensor([4.0, 7.0, 1.0, 9.0]), 0.5).tolist() == [False, True, False, True]
+
+
+def test_a_rate_that_removes_all_heads_is_refused():
+    with pytest.raises(UserError, match=r"pruning rate 0\.9 removes all 4 heads; .* below 0\.875"):
+        masking.head_mask(torch.arange(4.0), 0.9)
+
+
+def test_attention_masks_by_hand():
+    masks = masking.attention_masks(torch.tensor([True, False]), torch.zeros(4, 3),
+                                    torch.tensor([[True, False, True, True]]))
+    assert masks["q"].tolist() == masks["k"].tolist() == masks["v"].tolist() == [[True] * 3] * 2 + [[False] * 3] * 2
+    assert masks["o"].tolist() == [[True, False, False, False]]
+
+
+def masked_layer(mask):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(6, 6, bias=False))
+    with torch.no_grad():
+        layer[0].weight[~mask] = 0
+    masking.enforce(layer, {"0.weight": mask})
+    return layer
+
+
+def test_masked_weights_survive_optimizer_weight_decay_and_clipping():
+    mask = torch.rand(6, 6, generator=torch.Generator().manual_seed(3)) > 0.5
+    layer = masked_layer(mask)
+    before = layer[0].weight.detach().clone()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(5):
+        layer(torch.randn(8, 6)).square().sum().backward()
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    masking.release(layer)
+    after = layer[0].weight.detach()
+    assert torch.equal(after[~mask], torch.zeros_like(after[~mask])) and (after != before)[mask].all()
+
+
+def test_release_leaves_a_plain_parameter():
+    layer = masked_layer(torch.ones(6, 6, dtype=torch.bool))
+    masking.release(layer)
+    assert list(layer.state_dict()) == ["0.weight"] and isinstance(layer[0].weight, nn.Parameter)
+
+
+def test_sparsity_counts_a_shared_tensor_once():
+    model = nn.ModuleList([nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)])
+    model[1].weight = model[0].weight
+    with torch.no_grad():
+        model[0].weight[:] = torch.tensor([[0.0, 1.0], [0.0, 2.0]])
+    assert masking.sparsity(model) == (4, 2)

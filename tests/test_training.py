@@ -1,0 +1,163 @@
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import masking, models, training
+from common.data import LABEL_PADDING
+from common.files import Interrupted, UserError
+from common.training import FitOptions, TranslationLoss, fit
+
+
+def quiet(text):
+    pass
+
+
+def run(made, text, folder: Path, objective=None, fingerprint=None, log=quiet, **changes):
+    """Train the small pruned model for two epochs; return (weights, result, statistics rows without times)."""
+    torch.manual_seed(0)
+    if objective is None:
+        model = models.load(made / "pruned.pth")
+        objective = TranslationLoss(model.network)
+        masking.enforce(model.network, model.masks)
+    options = replace(FitOptions(epochs=2, lr=1e-2, checkpoint_dir=folder / "cp"), **changes)
+    result = fit(objective, *text, options, device="cpu", stats=folder / "s.csv", fingerprint=fingerprint or {"a": 1},
+                 log=log)
+    rows = [row.split(",") for row in (folder / "s.csv").read_text().splitlines()]
+    return ({n: p.detach().clone() for n, p in objective.named_parameters()}, result,
+            [row[:3] + row[5:] for row in rows])
+
+
+def test_training_lowers_the_loss_and_keeps_removed_weights_zero(made, text, tmp_path):
+    model = models.load(made / "pruned.pth")
+    objective = TranslationLoss(model.network)
+    before = training.evaluate(objective, text[1], "cpu")
+    masking.enforce(model.network, model.masks)
+    _, result, _ = run(made, text, tmp_path, objective)
+    masking.release(model.network)
+    assert result.best_loss < before
+    for name, mask in model.masks.items():
+        assert not model.network.get_parameter(name)[~mask].any()
+    assert training.evaluate(objective, text[1], "cpu") == pytest.approx(result.best_loss, abs=1e-6)
+
+
+@torch.no_grad()
+def test_the_loss_does_not_change_with_extra_padding(origin, text):
+    objective = TranslationLoss(origin.network)
+    batch = text[1].collate(text[1].dataset.examples[:4])
+    loss, count = objective(batch)
+    padded = {"input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 7)),
+              "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 7)),
+              "labels": torch.nn.functional.pad(batch["labels"], (0, 5), value=LABEL_PADDING)}
+    again, count_again = objective(padded)
+    assert count == count_again == sum(len(e.target) for e in text[1].dataset.examples[:4])
+    assert float(loss) == pytest.approx(float(again), rel=1e-5)
+
+
+def test_the_loss_is_averaged_over_tokens_not_batches(origin, text):
+    """Against one sentence at a time, by Hugging Face's own loss."""
+    total = count = 0
+    for example in text[1].dataset.examples:
+        with torch.no_grad():
+            out = origin.network(input_ids=torch.tensor([example.source]), labels=torch.tensor([example.target]))
+        total, count = total + float(out.loss) * len(example.target), count + len(example.target)
+    assert training.evaluate(TranslationLoss(origin.network), text[1], "cpu") == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_best_epoch_is_kept_even_if_it_is_the_start(made, text, tmp_path):
+    weights, result, rows = run(made, text, tmp_path, lr=3.0)
+    start = dict(models.load(made / "pruned.pth").network.named_parameters())
+    assert result.best_epoch == 0 and result.best_loss == float(rows[1][2])
+    assert torch.equal(weights["network.shared.weight"], start["shared.weight"])
+
+
+def test_target_loss_stops_at_once(made, text, tmp_path):
+    _, result, rows = run(made, text, tmp_path, target_loss=100.0)
+    assert result.steps == 0 and len(rows) == 2 and "target loss 100 reached" in result.reason
+
+
+def test_early_stop(made, text, tmp_path):
+    _, result, rows = run(made, text, tmp_path, lr=3.0, epochs=50, early_stop=2.0)
+    assert result.reason == "no better validation loss for 2 epochs" and float(rows[-1][0]) == 2.0
+
+
+def test_eval_every_counts_steps(made, text, tmp_path):
+    _, _, rows = run(made, text, tmp_path, eval_every=4, epochs=1)
+    assert [int(row[3]) for row in rows[1:4]] == [0, 4, 8]
+
+
+@pytest.mark.parametrize("step", [1, 5, 9])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(made, text, tmp_path, step, signum):
+    """Weights bit for bit, statistics, best epoch; data order, dropout, optimizer and schedule included."""
+    changes = {"schedule": "linear", "warmup": 3, "eval_every": 3, "early_stop": 5.0}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    whole = run(made, text, tmp_path / "one", **changes)
+
+    class Killer(TranslationLoss):
+        calls = 0
+
+        def forward(self, batch):
+            Killer.calls += self.training
+            if self.training and Killer.calls == step:
+                os.kill(os.getpid(), signum)
+            return super().forward(batch)
+
+    model = models.load(made / "pruned.pth")
+    masking.enforce(model.network, model.masks)
+    with pytest.raises(Interrupted, match=f"interrupted after step {step}; .* --resume") as caught:
+        run(made, text, tmp_path / "two", Killer(model.network), **changes)
+    assert caught.value.signum == signum
+    torch.manual_seed(99)
+    resumed = run(made, text, tmp_path / "two", resume=True, **changes)
+    assert resumed[2] == whole[2] and resumed[1].best_epoch == whole[1].best_epoch
+    assert all(torch.equal(whole[0][name], resumed[0][name]) for name in whole[0])
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_both_values(made, text, tmp_path):
+    run(made, text, tmp_path, epochs=1, fingerprint={"lr": 1})
+    with pytest.raises(UserError, match="(?s)is of another run.*lr: checkpoint 1, now 2"):
+        run(made, text, tmp_path, fingerprint={"lr": 2}, resume=True)
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(made, text, tmp_path):
+    class Exploding(TranslationLoss):
+        calls = 0
+
+        def forward(self, batch):
+            loss, count = super().forward(batch)
+            Exploding.calls += self.training
+            return loss * (math.nan if self.training and Exploding.calls == 3 else 1), count
+
+    with pytest.raises(UserError, match="the loss is not finite at step 3.*the last good state is in .*checkpoint.pth"):
+        run(made, text, tmp_path, Exploding(models.load(made / "pruned.pth").network))
+    assert (tmp_path / "cp" / "checkpoint.pth").exists()
+
+
+def test_a_damaged_checkpoint_is_refused(made, text, tmp_path):
+    run(made, text, tmp_path, epochs=1)
+    path = tmp_path / "cp" / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(UserError, match="checkpoint.pth: is not a checkpoint of this toolkit, or is truncated"):
+        run(made, text, tmp_path, resume=True)
+
+
+def test_two_runs_cannot_share_a_checkpoint_folder(made, text, tmp_path):
+    from common.files import locked
+
+    (tmp_path / "cp").mkdir()
+    with locked(tmp_path / "cp"), pytest.raises(UserError, match="cp: another run is writing it"):
+        run(made, text, tmp_path)
+
+
+def test_learning_rate_warms_up_and_falls(made, text, tmp_path):
+    _, _, rows = run(made, text, tmp_path, schedule="linear", warmup=4, eval_every=2, lr=1.0e-3)
+    steps = {int(row[3]): float(row[4]) for row in rows[2:]}
+    total = max(steps)
+    assert steps[2] == pytest.approx(1e-3 * 2 / 4 * (1 - 1 / total), rel=1e-6)
+    assert steps[total] == pytest.approx(1e-3 * 1 / total, rel=1e-6)
