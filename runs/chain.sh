@@ -1,0 +1,38 @@
+# Sourced by quickstart.sh and multi30k.sh: the stages one after the other, from a dense model to the table.
+# Expects: python, out (folder), origin (dense .pth), data (array of flags), rates (array of flags for
+# config_generator.py), train (array of flags for both arms). A file that is there is not made again, so a run that
+# was stopped goes on where it was.
+
+make() { # make FILE COMMAND…: run the command unless its output is there
+    local file=$1
+    shift
+    if [ ! -e "$file" ]; then
+        echo "== $*"
+        "$python" "$@"
+    fi
+}
+
+make "$out/conf.json" config_generator.py -m "$origin" -o "$out/conf.json" "${rates[@]}"
+make "$out/conf_prune.json" prune_scheme_generator.py -i "$out/conf.json" -o "$out/conf_prune.json"
+make "$out/pruned_modules.npy" prune.py -m "$origin" -c "$out/conf_prune.json" -o "$out/pruned_modules.npy" \
+    -p "$out/pruned_test_model.pth"
+make "$out/finetuned_modules.npy" block-level_finetuning.py -m "$origin" -p "$out/pruned_modules.npy" \
+    -o "$out/finetuned_modules.npy" --stats "$out/block.csv" --overwrite "${data[@]}"
+
+configurations=$("$python" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$out/conf.json")
+models=("$origin")
+for ((n = 0; n < configurations; n++)); do
+    compose=(-m "$origin" -c "$out/conf.json" -n "$n")
+    make "$out/pruned_$n.pth" compose_model.py "${compose[@]}" -p "$out/pruned_modules.npy" -o "$out/pruned_$n.pth"
+    make "$out/composed_$n.pth" compose_model.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
+        -o "$out/composed_$n.pth"
+    make "$out/finetuned_$n.pth" model-level_finetuning.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
+        -o "$out/finetuned_$n.pth" --stats "$out/finetuned_$n.csv" --resume "${data[@]}" "${train[@]}"
+    make "$out/baseline_$n.pth" baseline_finetuning.py -m "$out/pruned_$n.pth" \
+        -o "$out/baseline_$n.pth" --stats "$out/baseline_$n.csv" --resume "${data[@]}" "${train[@]}"
+    make "$out/loss_$n.png" plot_loss.py "$out/finetuned_$n.csv" "$out/baseline_$n.csv" -x seconds \
+        --label composed baseline --title "configuration $n" -o "$out/loss_$n.png"
+    models+=("$out/pruned_$n.pth" "$out/composed_$n.pth" "$out/finetuned_$n.pth" "$out/baseline_$n.pth")
+done
+make "$out/scores.json" evaluate.py -m "${models[@]}" --json "$out/scores.json" "${data[@]}"
+"$python" runs/summary.py "$out"
