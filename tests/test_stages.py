@@ -169,7 +169,8 @@ def test_evaluate_reports_what_sacrebleu_says(made, tmp_path, stage):
         out = [0]
         with torch.no_grad():
             while len(out) < 40 and (len(out) == 1 or out[-1] != 1):
-                out.append(int(model.network(input_ids=ids, decoder_input_ids=torch.tensor([out])).logits[0, -1].argmax()))
+                logits = model.network(input_ids=ids, decoder_input_ids=torch.tensor([out])).logits
+                out.append(int(logits[0, -1].argmax()))
         hypotheses.append(tokenizer.decode(out).strip())
     references = (made / "text" / "test_2016_flickr.de").read_text().splitlines()
     mine = [r["translation"] for r in report[0]["examples"]]
