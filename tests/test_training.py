@@ -69,7 +69,7 @@ def test_the_loss_is_averaged_over_tokens_not_batches(origin, text):
 
 
 def test_the_best_epoch_is_kept_even_if_it_is_the_start(made, text, tmp_path):
-    weights, result, rows = run(made, text, tmp_path, lr=300.0)
+    weights, result, rows = run(made, text, tmp_path, lr=30.0)
     start = dict(models.load(made / "pruned.pth").network.named_parameters())
     assert result.best_epoch == 0 and result.best_loss == float(rows[1][2])
     assert torch.equal(weights["network.shared.weight"], start["shared.weight"])
@@ -81,7 +81,7 @@ def test_target_loss_stops_at_once(made, text, tmp_path):
 
 
 def test_early_stop(made, text, tmp_path):
-    _, result, rows = run(made, text, tmp_path, lr=300.0, epochs=50, early_stop=2.0)
+    _, result, rows = run(made, text, tmp_path, lr=30.0, epochs=50, early_stop=2.0)
     assert result.reason == "no better validation loss for 2 epochs" and float(rows[-1][0]) == 2.0
 
 
