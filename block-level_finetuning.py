@@ -30,10 +30,7 @@ def build_parser():
     p.add_argument("--solver", choices=("exact", "adamw"), default="exact",
                    help="exact: least squares from the original's activations; adamw: gradient descent")
     g = p.add_argument_group("exact solver")
-    g.add_argument("--calibration-sentences", type=cli.count, default=4000, metavar="N",
-                   help="training pairs the statistics are taken from, drawn by --seed")
-    g.add_argument("--damping", type=cli.positive, default=1e-4, metavar="X",
-                   help="pull towards the original weights, as a fraction of the inputs' mean square")
+    cli.add_calibration(g)
     g.add_argument("--memory-budget", type=cli.memory, default="4G", metavar="SIZE",
                    help="memory for statistics, e.g. 512M; less memory, more passes, the same result")
     cli.add_training(p, epochs=5, lr=1e-3, stats="block_stats.csv")

@@ -3,6 +3,7 @@
 
 Reads the original model, a bank and conf.json; handles exactly one configuration a run (-n, from 0). Writes the
 model with the best validation loss (the composed one itself, if training does not better it), and statistics.
+--recalibrate repairs the composed model in one sweep before it is trained.
 
     python model-level_finetuning.py -m origin_model.pth -p finetuned_modules.npy -c conf.json -n 0 \\
         -o finetuned_model.pth --stats model_stats.csv
@@ -27,9 +28,11 @@ def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     cli.check_inputs(args.model, args.bank, args.configurations)
     cli.check_training(args)
-    from common import composition, training
+    from common import composition, recalibration, runtime, training
 
     model, inputs = composition.from_files(args.model, args.bank, args.configurations, args.number)
+    if args.recalibrate:
+        recalibration.from_args(args, model, runtime.setup(args.device, args.seed, args.threads))
     return training.finetune_model("model-level_finetuning.py", args, model, inputs)
 
 

@@ -1,6 +1,7 @@
 """Command-line pieces every stage shares: flags, value checks, and the one place errors become exit codes."""
 
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -24,14 +25,21 @@ def run(main) -> int:
     prog = Path(sys.argv[0]).name
 
     def fail(message: str, code: int) -> int:
-        print(f"{prog}: {message}", file=sys.stderr)
+        # Names out of a foreign file may hold control characters that a terminal obeys.
+        shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+        with contextlib.suppress(OSError):  # nobody reads our complaints any more
+            print(f"{prog}: {shown}", file=sys.stderr)
         return code
 
     def terminate(signum, frame):
         raise Interrupted("terminated; the outputs that existed before are unchanged", signum)
 
-    signal.signal(signal.SIGTERM, terminate)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
+        # Arguments go into the provenance, which is UTF-8: notice a bad one before the work, not after it.
+        for argument in sys.argv[1:]:
+            if not _utf8(argument):
+                raise UserError(f"{ascii(argument)}: an argument that is not valid UTF-8")
         return main()
     except UserError as error:
         return fail(f"error: {error}", 2)
@@ -40,15 +48,36 @@ def run(main) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; the outputs that existed before are unchanged", 130)
     except BrokenPipeError:
-        # The reader of our output left (`… | head`): nobody is there to complain to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except MemoryError:
+        return 141  # the reader of our output left (`… | head`): nobody is there to complain to
+    except (MemoryError, RuntimeError) as error:
+        # torch's own errors: "can't allocate memory" on the CPU, "CUDA out of memory".
+        if isinstance(error, RuntimeError) and not any(s in str(error) for s in ("allocate memory", "out of memory")):
+            raise
         return fail("error: not enough memory; a smaller --batch-tokens or --memory-budget needs less", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
         return fail(f"error: {where}{error.strerror or error}{hint}", 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _drop_unread()
+
+
+def _utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _drop_unread() -> None:
+    """Let text whose reader has left go nowhere, or Python's own flush at the end would change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -157,6 +186,25 @@ def add_composition(p: argparse.ArgumentParser, bank: str) -> None:
                    help="configuration file")
     p.add_argument("-n", "--number", type=index, default=0, metavar="NTH",
                    help="which configuration, counted from 0")
+    g = p.add_argument_group("recalibration")
+    g.add_argument("--recalibrate", action="store_true",
+                   help="re-fit the composed model's linear weights, layer by layer and without gradients, to the "
+                        "inputs they receive in it; masks stay")
+    add_calibration(g)
+
+
+def add_calibration(g) -> None:
+    """Add the flags of everything that is fitted to the original's activations."""
+    g.add_argument("--calibration-sentences", type=count, default=2000, metavar="N",
+                   help="training pairs the activations are taken from, drawn by --seed")
+    g.add_argument("--damping", type=positive, default=1e-4, metavar="X",
+                   help="pull towards the weights before, as a fraction of the inputs' mean square")
+
+
+def add_batch_tokens(p) -> None:
+    """Add --batch-tokens."""
+    p.add_argument("--batch-tokens", type=count, default=2048, metavar="N",
+                   help="tokens a batch (in training: a step), padding included, of the longer side")
 
 
 def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:
@@ -173,8 +221,7 @@ def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: s
     g.add_argument("--embedding-lr-factor", type=positive, default=1.0, metavar="X",
                    help="times the learning rate for embeddings; about 6 when training from scratch")
     g.add_argument("--weight-decay", type=non_negative, default=0.01, metavar="X", help="AdamW's weight decay")
-    g.add_argument("--batch-tokens", type=count, default=2048, metavar="N",
-                   help="tokens a step, padding included, of the longer side")
+    add_batch_tokens(g)
     g.add_argument("--early-stop", type=positive, metavar="EPOCHS",
                    help="stop after so many epochs without a better validation loss (default: never)")
     g.add_argument("--target-loss", type=positive, metavar="X",

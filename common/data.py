@@ -213,15 +213,19 @@ class Batches:
             yield self.collate(examples, device)
 
 
-def load_batches(args, model, calibration: int | None = None) -> tuple[Batches, Batches]:
-    """Read and tokenise what a stage's flags name: (training split, validation split).
+def load_train(args, model, calibration: int | None = None) -> Batches:
+    """Read and tokenise the training split that a stage's flags name.
 
     Args:
-        calibration: draw only so many training pairs, by ``args.seed``.
+        calibration: draw only so many pairs, by ``args.seed``.
     """
-    options = DataOptions.from_args(args)
-    train = read_pairs(options, "train")
+    pairs = read_pairs(DataOptions.from_args(args), "train")
     if calibration:
-        train = sample(train, calibration, args.seed)
-    return tuple(Batches(pairs, model, args.batch_tokens, args.seed, args.source_prefix)
-                 for pairs in (train, read_pairs(options, "val")))
+        pairs = sample(pairs, calibration, args.seed)
+    return Batches(pairs, model, args.batch_tokens, args.seed, args.source_prefix)
+
+
+def load_batches(args, model, calibration: int | None = None) -> tuple[Batches, Batches]:
+    """Read and tokenise (training split, validation split); see `load_train`."""
+    valid = read_pairs(DataOptions.from_args(args), "val")
+    return load_train(args, model, calibration), Batches(valid, model, args.batch_tokens, args.seed, args.source_prefix)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from pathlib import Path
 
 MAX_JSON_BYTES = 64 << 20  # a scheme for hundreds of configurations of T5-11B has well under 10 MB
@@ -16,8 +17,11 @@ class UserError(Exception):
     """Something the user can mend; its text is the whole message. `common.cli.run` turns it into exit code 2."""
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived and the work stopped in good order; exit code 128 + signum."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived and the work stopped in good order; exit code 128 + signum.
+
+    As KeyboardInterrupt no `Exception`: raised by a signal handler anywhere, no ``except Exception`` may eat it.
+    """
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -51,9 +55,11 @@ def atomic_write(path: Path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # a full disk names no file, and nobody knows the temporary name
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -75,7 +81,11 @@ def to_json(value) -> str:
 
 def write_json(path: Path, value) -> None:
     """Write ``value`` as indented JSON atomically; key order is the caller's."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{path}: not written, for JSON has no word for a number that is not finite") from None
+    write_bytes(path, (text + "\n").encode())
 
 
 def parse_json(data: bytes, name: str):
@@ -90,9 +100,9 @@ def parse_json(data: bytes, name: str):
     def unique(pairs):
         result = dict(pairs)
         if len(result) < len(pairs):
-            keys = [k for k, _ in pairs]
-            twice = next(k for k in keys if keys.count(k) > 1)
-            raise UserError(f"{name}: the key {twice!r} stands twice in one object")
+            seen = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+            raise UserError(f"{name}: the key {brief(twice)} stands twice in one object")
         return result
 
     def constant(text):
@@ -101,12 +111,16 @@ def parse_json(data: bytes, name: str):
     try:
         text = data.decode("utf-8-sig")
         depth = 0
-        # Strings are skipped whole, so that brackets inside them do not count.
-        for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
+        # Strings are skipped whole, so that brackets inside them do not count; one that never ends is skipped
+        # to the end of the text, for looking for its end again from every quote inside takes quadratic time.
+        for token in re.finditer(r'"(?:[^"\\]++|\\.)*+"?|[\[{\]}]', text):
             depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
             if depth > MAX_JSON_DEPTH:
                 raise UserError(f"{name}: JSON nested more than {MAX_JSON_DEPTH} deep is not read")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a character can be neither printed nor written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: is not valid JSON: {error}") from None
 
@@ -118,6 +132,15 @@ def read_json(path: Path):
         raise UserError(problem)
     with open(path, "rb") as file:
         return parse_json(file.read(MAX_JSON_BYTES + 1), str(path))
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = _brief.maxlong = 80
+
+
+def brief(value) -> str:
+    """Return ``repr(value)`` cut to about a line; the work is bounded, whatever an untrusted file made of it."""
+    return _brief.repr(value)[:200]
 
 
 def digest(data: bytes | str) -> str:
@@ -142,8 +165,9 @@ def locked(path: Path):
             raise UserError(f"{path}: another run is writing it; wait for that one or choose another "
                             "output") from None
         # Whoever finished between our open and our lock has unlinked this file: take the one that is there now.
-        if os.path.exists(name) and os.path.samestat(os.fstat(handle), os.stat(name)):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(name)):
+                break
         os.close(handle)
     try:
         yield

@@ -18,6 +18,7 @@ A zip comment after the last byte holds the SHA-256 of the file, so that any fli
 import hashlib
 import json
 import os
+import pickletools
 import struct
 import zipfile
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from common import masking
-from common.files import UserError, atomic_write, file_problem, parse_json, to_json
+from common.files import UserError, atomic_write, brief, file_problem, parse_json, to_json
 
 FORMAT = "composable-pruning model"
 VERSION = 1
@@ -36,6 +37,9 @@ CONFIG_KEYS = ("model_type", "d_model", "d_kv", "d_ff", "num_heads", "num_layers
                "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance",
                "dropout_rate", "layer_norm_epsilon", "scale_decoder_outputs", "pad_token_id", "eos_token_id",
                "decoder_start_token_id")
+# All that the pickle inside a sealed file may name: how `torch.save` writes a tensor.
+_PICKLED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {
+    f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Byte", "Bool", "Int", "Long")}
 _SEAL = b"sha256="
 _SEAL_BYTES = len(_SEAL) + 64
 
@@ -93,31 +97,24 @@ def _check_seal(path: Path, what: str) -> None:
 def save_sealed(path: Path, content: dict) -> None:
     """Write a dictionary of tensors and plain values atomically, with a checksum over the whole file."""
     with atomic_write(path) as file:
-        recorder = _Recorder(file)
         try:
-            torch.save(content, recorder)
-        except RuntimeError:
-            if recorder.error:  # torch reports a full disk as a failed assertion
-                raise recorder.error from None
-            raise
+            torch.save(content, file)
+        except RuntimeError as error:  # so torch reports a full disk, or a signal, that stopped its writing
+            while isinstance(error, RuntimeError) and error.__context__:
+                error = error.__context__
+            raise error from None
         _seal_file(file)
 
 
-class _Recorder:
-    """A file whose first `OSError` is kept, since `torch.save` replaces it with a message of its own."""
+def _check_pickle(data: bytes) -> None:
+    """Raise `ValueError` if a pickle names anything but plain strided tensors.
 
-    def __init__(self, file):
-        self.file, self.error = file, None
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self):
-        self.file.flush()
+    torch's own list for ``weights_only`` is longer: with it 50 bytes that say bytearray(1 << 40) ask for a TiB.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ") or opcode.name.startswith("EXT") or (
+                opcode.name == "GLOBAL" and argument not in _PICKLED):
+            raise ValueError(f"it names {brief(argument)}")
 
 
 def load_sealed(path: Path, what: str) -> dict:
@@ -133,8 +130,12 @@ def load_sealed(path: Path, what: str) -> dict:
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(i.compress_type or i.file_size > size or i.flag_bits & 1 for i in archive.infolist()):
+            entries = archive.infolist()
+            if any(i.compress_type or i.file_size > size or i.flag_bits & 1 for i in entries):
                 raise UserError(f"{path}: is not {what} of this toolkit")
+            for entry in entries:
+                if entry.filename.lower().endswith(".pkl"):
+                    _check_pickle(archive.read(entry))
         content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (UserError, MemoryError):
         raise
