@@ -31,8 +31,9 @@ def build_parser():
                    help="exact: least squares from the original's activations; adamw: gradient descent")
     g = p.add_argument_group("exact solver")
     cli.add_calibration(g)
-    g.add_argument("--memory-budget", type=cli.memory, default="4G", metavar="SIZE",
-                   help="memory for statistics, e.g. 512M; less memory, more passes, the same result")
+    g.add_argument("--values", action="store_true",
+                   help="with heads removed, fit v of the kept ones too, in turn with o")
+    cli.add_memory_budget(g)
     cli.add_training(p, epochs=5, lr=1e-3, stats="block_stats.csv")
     cli.add_data(p)
     cli.add_runtime(p)
@@ -47,7 +48,8 @@ def tune_exactly(args, model, opened, writer, device):
     curve, table, solving, last = reconstruction.Curve(), [], 0.0, 0
     began = time.perf_counter()
     for r in reconstruction.tune_exactly(models.place(model.network, device), opened, calibration, valid, device,
-                                         budget=args.memory_budget, damping=args.damping, curve=curve):
+                                         budget=args.memory_budget, damping=args.damping, curve=curve,
+                                         values=args.values):
         writer.add(r.variant)
         rates = " ".join(f"{rate:g}" for rate in r.variant.rates)
         table.append([r.variant.block, rates, r.before, r.after, r.valid_before, r.valid_after, round(r.seconds, 4),

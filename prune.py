@@ -2,8 +2,9 @@
 """Prune every block of the scheme at every rate, once, and write the variants as a bank.
 
 Reads the original model and conf_prune.json. Writes a bank (.npy) of pruned, not yet tuned variants: whole
-attention heads of lowest joint l1 norm, single weights of lowest magnitude. With -p also a complete test model
-composed of every block's first variant.
+attention heads of lowest joint l1 norm, single weights of lowest magnitude. --criterion wanda or obs also reads
+training text and chooses by what the original's outputs lose. With -p also a complete test model composed of
+every block's first variant.
 
     python prune.py -m origin_model.pth -c conf_prune.json -o pruned_modules.npy -p pruned_model.pth
 """
@@ -22,7 +23,29 @@ def build_parser():
     cli.add_output(p, "pruned_modules.npy", "bank to write")
     p.add_argument("-p", "--pruned-model", type=Path, metavar="FILE",
                    help="also write a test model made of every block's first variant")
+    p.add_argument("--criterion", choices=("l1", "wanda", "obs"), default="l1",
+                   help="what is removed: l1: least magnitude; wanda: least |w|*|x|; obs: least error after the other "
+                        "weights are re-fitted; wanda and obs choose heads by the attention's output")
+    g = p.add_argument_group("wanda and obs")
+    g.add_argument("--calibration-sentences", type=cli.count, default=2000, metavar="N",
+                   help="training pairs the activations are taken from, drawn by --seed")
+    cli.add_memory_budget(g)
+    cli.add_batch_tokens(g)
+    cli.add_data(p)
+    cli.add_runtime(p)
     return p
+
+
+def variants(args, model, scheme):
+    """Return an iterator over the scheme's variants by the chosen criterion."""
+    from common import composition, data, models, runtime
+
+    if args.criterion == "l1":
+        return composition.prune_scheme(model.network, scheme)
+    device = runtime.setup(args.device, args.seed, args.threads)
+    calibration = data.load_train(args, model, args.calibration_sentences)
+    return composition.prune_scheme_by_activations(
+        models.place(model.network, device), scheme, args.criterion, calibration, device, args.memory_budget)
 
 
 def main(argv=None) -> int:
@@ -42,12 +65,12 @@ def main(argv=None) -> int:
     with files.locked(args.output):
         kept = weights = 0
         with bank.create(args.output, model.identity, scheme_digest, None, origin) as writer:
-            for variant in composition.prune_scheme(model.network, scheme):
+            for variant in variants(args, model, scheme):
                 writer.add(variant)
                 kept += sum(int(m.sum()) for m in variant.masks.values())
                 weights += sum(m.numel() for m in variant.masks.values())
-    variants = sum(map(len, scheme.values()))
-    print(f"{args.output}: {variants} variants of {len(scheme)} blocks, {1 - kept / weights:.1%} of their weights "
+    number = sum(map(len, scheme.values()))
+    print(f"{args.output}: {number} variants of {len(scheme)} blocks, {1 - kept / weights:.1%} of their weights "
           f"removed, {args.output.stat().st_size / 1e6:.1f} MB")
     if args.pruned_model:
         made = bank.load(args.output)

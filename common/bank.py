@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from common.configs import Configuration, required_variants
-from common.files import UserError, atomic_write, file_problem, parse_json, to_json
+from common.files import UserError, atomic_write, brief, file_problem, parse_json, to_json
 from common.modules import block_of, kind_of, members, weight_names
 
 FORMAT = "composable-pruning bank"
@@ -142,6 +142,9 @@ class Bank:
                 raise UserError(f"{self.path}: is damaged: the mask of {name} does not fit")
             values = np.zeros(shape, dtype=np.float32)
             values[mask] = data[at + bits:at + bits + 4 * kept].view("<f4")
+            if not np.isfinite(values).all():
+                raise UserError(f"{self.path}: {name} at {', '.join(f'{r:g}' for r in rates)} has weights that are "
+                                "not finite")
             at += bits + 4 * kept
             weights[name], masks[name] = torch.from_numpy(values), torch.from_numpy(mask)
         return Variant(block, rates, weights, masks)
@@ -214,7 +217,7 @@ def load(path: Path) -> Bank:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise foreign
     if index.get("version") != VERSION:
-        raise UserError(f"{path}: bank version {index.get('version')!r:.20}, this toolkit reads {VERSION}")
+        raise UserError(f"{path}: bank version {brief(index.get('version'))}, this toolkit reads {VERSION}")
     array = np.load(path, mmap_mode="r")
     variants, provenance = index.get("variants"), index.get("provenance")
     entries, end = {}, 0

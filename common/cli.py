@@ -201,6 +201,12 @@ def add_calibration(g) -> None:
                    help="pull towards the weights before, as a fraction of the inputs' mean square")
 
 
+def add_memory_budget(g) -> None:
+    """Add --memory-budget."""
+    g.add_argument("--memory-budget", type=memory, default="4G", metavar="SIZE",
+                   help="memory for statistics, e.g. 512M; less memory, more passes, the same result")
+
+
 def add_batch_tokens(p) -> None:
     """Add --batch-tokens."""
     p.add_argument("--batch-tokens", type=count, default=2048, metavar="N",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from common import masking
+from common import masking, reconstruction
 from common.bank import Bank, Variant
 from common.bank import load as load_bank
 from common.configs import Configuration, Scheme, check_modules, nth, read_configurations, required_variants
@@ -15,44 +15,62 @@ from common.models import load as load_model
 from common.modules import HEAD_PARTS, kind_of, prunable
 
 
-def heads_of(network) -> int:
-    """Return the number of attention heads of a T5 (the same in every layer)."""
-    return network.config.num_heads
-
-
-def prune_block(network, block: str, rates: tuple[float, ...]) -> Variant:
-    """Return the variant of a block at the given rates, chosen by l1 norm; the network is not changed.
+def prune_block(network, block: str, rates: tuple[float, ...], criterion: str = "l1", gram=None) -> Variant:
+    """Return the variant of a block at the given rates; the network is not changed.
 
     A block whose head rate is 0 has only its out-projection in the variant.
+
+    Args:
+        criterion: ``l1`` (magnitude), ``wanda`` or ``obs`` for single weights; the latter two choose heads by the
+            attention's output. See `common.masking`.
+        gram: E[x xᵀ] of the block's input (for an attention, of its ``o``), for all criteria but l1.
 
     Raises:
         UserError: the head rate would remove every head.
     """
-    weights = {f"{block}.weight": network.get_submodule(block).weight.detach()} if kind_of(block) == "linear" else {
-        f"{block}.{part}.weight": network.get_submodule(f"{block}.{part}").weight.detach()
-        for part in ((*HEAD_PARTS, "o") if rates[0] else ("o",))}
+    def weight(part=""):
+        return network.get_parameter(f"{block}{part}.weight").detach()
+
+    choose = {"l1": lambda w, rate: masking.magnitude_mask(w, rate),
+              "wanda": lambda w, rate: masking.wanda_mask(w, rate, gram),
+              "obs": lambda w, rate: masking.obs_mask(w, rate, gram)}[criterion]
     if kind_of(block) == "linear":
-        masks = {name: masking.magnitude_mask(w, rates[0]) for name, w in weights.items()}
+        masks = {f"{block}.weight": choose(weight(), rates[0])}
     else:
-        o_mask = masking.magnitude_mask(weights[f"{block}.o.weight"], rates[1])
-        masks = {f"{block}.o.weight": o_mask}
+        masks = {f"{block}.o.weight": choose(weight(".o"), rates[1])}
         if rates[0]:
-            q, k, v = (weights[f"{block}.{part}.weight"] for part in HEAD_PARTS)
+            q, k, v = (weight(f".{part}") for part in HEAD_PARTS)
+            heads = network.config.num_heads
             try:
-                kept = masking.head_mask(masking.head_scores(q, k, v, heads_of(network)), rates[0])
+                if criterion == "l1":
+                    kept = masking.head_mask(masking.head_scores(q, k, v, heads), rates[0])
+                else:
+                    kept = masking.head_mask_by_output(weight(".o"), gram, heads, rates[0])
             except UserError as error:
                 raise UserError(f"{block}: {error}") from None
-            parts = masking.attention_masks(kept, q, o_mask)
+            parts = masking.attention_masks(kept, q, masks[f"{block}.o.weight"])
             masks = {f"{block}.{part}.weight": mask for part, mask in parts.items()}
-    kept_weights = {name: torch.where(masks[name], w, 0.0) for name, w in weights.items()}
-    return Variant(block, rates, kept_weights, masks)
+    weights = {name: torch.where(mask, network.get_parameter(name).detach(), 0.0) for name, mask in masks.items()}
+    return Variant(block, rates, weights, masks)
 
 
 def prune_scheme(network, scheme: Scheme) -> Iterator[Variant]:
-    """Yield every variant of a scheme, one at a time."""
+    """Yield every variant of a scheme by l1 norm, one at a time."""
     for block, variants in scheme.items():
         for rates in variants:
             yield prune_block(network, block, rates)
+
+
+def prune_scheme_by_activations(network, scheme: Scheme, criterion: str, calibration, device,
+                                budget: int) -> Iterator[Variant]:
+    """Yield every variant of a scheme by a criterion that needs the activations, one at a time."""
+    blocks: dict[str, list[str]] = {}
+    for block in scheme:
+        blocks.setdefault(reconstruction.input_site(block), []).append(block)
+    for site, (gram,) in reconstruction.grouped(network, list(blocks), [calibration], device, budget):
+        for block in blocks[site]:
+            for rates in scheme[block]:
+                yield prune_block(network, block, rates, criterion, gram)
 
 
 @torch.no_grad()

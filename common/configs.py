@@ -72,11 +72,14 @@ def check_modules(names, kinds: dict[str, str], path: Path) -> None:
 
 def check_head_rates(configuration: Configuration, heads: int, where: str) -> None:
     """Raise `UserError` if a rate would remove every head of an attention."""
-    from common.masking import removed_count
+    from common.masking import check_removed_heads
 
     for name, value in configuration.items():
-        if kind_of(name) == "attention" and removed_count(value, heads) >= heads:
-            raise UserError(f"{where}: {name}: pruning rate {value:g} removes all {heads} heads")
+        if kind_of(name) == "attention":
+            try:
+                check_removed_heads(value, heads)
+            except UserError as error:
+                raise UserError(f"{where}: {name}: {error}") from None
 
 
 def required_variants(configuration: Configuration) -> dict[str, tuple[float, ...]]:

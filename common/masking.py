@@ -35,6 +35,50 @@ def magnitude_mask(weight: torch.Tensor, rate: float) -> torch.Tensor:
     return smallest_removed(weight.abs(), removed_count(rate, weight.numel()))
 
 
+def wanda_mask(weight: torch.Tensor, rate: float, gram: torch.Tensor) -> torch.Tensor:
+    """Remove weights of least |w|·‖x‖, the root mean square of their input from E[x xᵀ].
+
+    The score is that of Sun et al. (2024, "A Simple and Effective Pruning Approach for Large Language Models");
+    they compare within an output row, here the whole matrix is compared, so that the removed count is the rate's.
+    """
+    scores = weight.double().abs() * gram.diagonal().sqrt()
+    return smallest_removed(scores, removed_count(rate, weight.numel()))
+
+
+def obs_mask(weight: torch.Tensor, rate: float, gram: torch.Tensor, damping: float = 1e-2) -> torch.Tensor:
+    """Remove weights of least w² / [G⁻¹]ⱼⱼ: the error each would leave alone, its row's others re-fitted.
+
+    Hassibi & Stork (1993, "Optimal Brain Surgeon"), with the inverse shared by the rows as in Frantar & Alistarh
+    (2023, "SparseGPT"); ``damping`` is a fraction of G's mean diagonal, theirs too.
+    """
+    ridge = max(damping * float(gram.diagonal().mean()), 1e-30)
+    a = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(a)).diagonal()
+    return smallest_removed(weight.double().square() / inverse, removed_count(rate, weight.numel()))
+
+
+def head_mask_by_output(o: torch.Tensor, gram: torch.Tensor, heads: int, rate: float) -> torch.Tensor:
+    """Remove heads one by one, each time the one whose loss changes the attention's output least; shape (heads,).
+
+    Without the heads R the output o·x loses E‖o_R x_R‖² = Σ_{h,h' ∈ R} ⟨o_hᵀ o_h', G_hh'⟩.
+
+    Args:
+        o: (d_model, heads × d_kv).
+        gram: E[x xᵀ] of o's input, (heads × d_kv, heads × d_kv), float64.
+
+    Raises:
+        UserError: the rate would remove every head.
+    """
+    pairs = ((o.double().T @ o.double()) * gram).view(heads, -1, heads, gram.shape[0] // heads).sum(dim=(1, 3))
+    kept = head_mask(torch.zeros(heads), 0.0)
+    for _ in range(check_removed_heads(rate, heads)):
+        removed = ~kept
+        # Adding h to R adds its own loss and what it shares with those removed already, counted twice.
+        cost = pairs.diagonal() + 2 * pairs[:, removed].sum(dim=1)
+        kept[torch.where(kept, cost, torch.inf).argmin()] = False
+    return kept
+
+
 def head_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
     """Return each head's joint l1 norm of its q, k and v rows, shape (heads,)."""
     return sum(w.abs().reshape(heads, -1).double().sum(dim=1) for w in (q, k, v))
@@ -46,12 +90,16 @@ def head_mask(scores: torch.Tensor, rate: float) -> torch.Tensor:
     Raises:
         UserError: the rate would remove every head.
     """
-    heads = scores.numel()
+    return smallest_removed(scores, check_removed_heads(rate, scores.numel()))
+
+
+def check_removed_heads(rate: float, heads: int) -> int:
+    """Return how many heads a rate removes, or raise `UserError` if that is all of them."""
     removed = removed_count(rate, heads)
     if removed >= heads:
-        raise UserError(f"pruning rate {rate} removes all {heads} heads; the highest that leaves one is below "
+        raise UserError(f"pruning rate {rate:g} removes all {heads} heads; the highest that leaves one is below "
                         f"{(heads - 0.5) / heads:g}")
-    return smallest_removed(scores, removed)
+    return removed
 
 
 def attention_masks(heads_kept: torch.Tensor, q: torch.Tensor, o_mask: torch.Tensor) -> dict[str, torch.Tensor]:

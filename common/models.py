@@ -16,9 +16,9 @@ A zip comment after the last byte holds the SHA-256 of the file, so that any fli
 """
 
 import hashlib
-import json
 import os
 import pickletools
+import re
 import struct
 import zipfile
 from dataclasses import dataclass, field
@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from common import masking
-from common.files import UserError, atomic_write, brief, file_problem, parse_json, to_json
+from common.files import UserError, atomic_write, brief, file_problem, parse_json, read_json, to_json
+from common.modules import block_of, prunable, weight_names
 
 FORMAT = "composable-pruning model"
 VERSION = 1
@@ -37,6 +38,12 @@ CONFIG_KEYS = ("model_type", "d_model", "d_kv", "d_ff", "num_heads", "num_layers
                "feed_forward_proj", "relative_attention_num_buckets", "relative_attention_max_distance",
                "dropout_rate", "layer_norm_epsilon", "scale_decoder_outputs", "pad_token_id", "eos_token_id",
                "decoder_start_token_id")
+# Far beyond any T5 there is, and small enough for building one to take no time.
+_LIMITS = {"d_model": (1, 1 << 16), "d_kv": (1, 1 << 16), "d_ff": (1, 1 << 20), "num_heads": (1, 1 << 12),
+           "num_layers": (1, 256), "num_decoder_layers": (1, 256), "vocab_size": (1, 1 << 24),
+           "relative_attention_num_buckets": (4, 1 << 12), "relative_attention_max_distance": (3, 1 << 20),
+           "pad_token_id": (0, 1 << 24), "eos_token_id": (0, 1 << 24), "decoder_start_token_id": (0, 1 << 24),
+           "dropout_rate": (0.0, 0.99), "layer_norm_epsilon": (0.0, 1.0)}
 # All that the pickle inside a sealed file may name: how `torch.save` writes a tensor.
 _PICKLED = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {
     f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Byte", "Bool", "Int", "Long")}
@@ -57,10 +64,20 @@ class Model:
 
     @property
     def tokenizer(self):
-        """The `tokenizers.Tokenizer`, which appends the end-of-sentence token itself."""
+        """The `tokenizers.Tokenizer`, which appends the end-of-sentence token itself.
+
+        Raises:
+            UserError: the text describes no tokenizer.
+        """
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_str(self.tokenizer_json)
+        try:
+            tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        except Exception as error:
+            raise UserError(f"its tokenizer cannot be read: {str(error):.150}") from None
+        tokenizer.no_padding()  # a foreign file may ask for a billion tokens of it
+        tokenizer.no_truncation()
+        return tokenizer
 
 
 def _seal_file(file) -> None:
@@ -106,6 +123,10 @@ def save_sealed(path: Path, content: dict) -> None:
         _seal_file(file)
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 def _check_pickle(data: bytes) -> None:
     """Raise `ValueError` if a pickle names anything but plain strided tensors.
 
@@ -140,8 +161,7 @@ def load_sealed(path: Path, what: str) -> dict:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # torch raises many kinds for a file it cannot or will not read
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: is not {what} of this toolkit; nothing in it was run ({reason})") from None
+        raise UserError(f"{path}: is not {what} of this toolkit; nothing in it was run ({_reason(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not {what} of this toolkit")
     return content
@@ -149,6 +169,9 @@ def load_sealed(path: Path, what: str) -> dict:
 
 def build_network(config: dict, name: str = "model"):
     """Return a T5 or mT5 for conditional generation on the meta device (shapes, no memory).
+
+    Only `CONFIG_KEYS` are read: transformers would obey others of a foreign file, among them one that names code
+    to be downloaded (``attn_implementation``).
 
     Raises:
         UserError: ``config`` describes no T5.
@@ -162,22 +185,26 @@ def build_network(config: dict, name: str = "model"):
         from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration as Network
     else:
         raise UserError(f"{name}: is a {kind!r:.40} model; this toolkit prunes the T5 family (t5, mt5)")
-    limits = {"d_model": 1 << 16, "d_kv": 1 << 16, "d_ff": 1 << 20, "num_heads": 1 << 12, "num_layers": 1 << 10,
-              "num_decoder_layers": 1 << 10, "vocab_size": 1 << 24}
-    for key, limit in limits.items():
-        value = config.get(key)
-        if value is not None and not (isinstance(value, int) and 0 < value <= limit):
-            raise UserError(f"{name}: its configuration has {key} = {value!r:.40}, allowed is 1 to {limit}")
+    config = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
+    for key, (low, high) in _LIMITS.items():
+        value = config.get(key, low)
+        kinds = (int, float) if isinstance(high, float) else (int,)
+        if type(value) not in kinds or not low <= value <= high:
+            raise UserError(f"{name}: its configuration has {key} = {brief(value)}, allowed is {low:,} to {high:,}")
     try:
         parsed = Config(**config)
+        for key in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+            if (getattr(parsed, key) or 0) >= parsed.vocab_size:
+                raise ValueError(f"{key} is not below vocab_size")
+        if parsed.relative_attention_max_distance <= parsed.relative_attention_num_buckets // 2:
+            raise ValueError("relative_attention_max_distance is not above half of relative_attention_num_buckets")
         # transformers 5 derives this from tie_word_embeddings, which it then overwrites: keep what was saved.
         if "scale_decoder_outputs" in config:
             parsed.scale_decoder_outputs = config["scale_decoder_outputs"]
         with torch.device("meta"):
             network = Network(parsed)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: its configuration does not describe a T5: {reason:.150}") from None
+        raise UserError(f"{name}: its configuration does not describe a T5: {_reason(error)}") from None
     return network.eval()
 
 
@@ -251,42 +278,57 @@ def load(path: Path) -> Model:
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: is not a model file of this toolkit; download_model.py makes one")
     if content.get("version") != VERSION:
-        raise UserError(f"{path}: model file version {content.get('version')!r:.20}, this toolkit reads {VERSION}")
+        raise UserError(f"{path}: model file version {brief(content.get('version'))}, this toolkit reads {VERSION}")
     broken = UserError(f"{path}: is not a complete model file of this toolkit")
     texts = ("config", "tokenizer", "prefix", "aliases", "identity", "provenance")
-    if not all(isinstance(content.get(key), str) for key in texts):
+    if not all(is_text(content.get(key)) for key in texts) or not re.fullmatch("[0-9a-f]{64}", content["identity"]):
         raise broken
     weights, packed = content.get("weights"), content.get("masks")
-    if not isinstance(weights, dict) or not isinstance(packed, dict):
+    if not all_plain(weights, torch.float32) or not all_plain(packed, torch.uint8):
         raise broken
-    size = path.stat().st_size
-    for tensor in (*weights.values(), *packed.values()):
-        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.is_contiguous()
-        if not dense or tensor.numel() * tensor.element_size() > size:
-            raise broken
     config, aliases, provenance = (parse_json(content[k].encode(), f"{path}: {k}")
                                    for k in ("config", "aliases", "provenance"))
     if not all(isinstance(x, dict) for x in (config, aliases, provenance)):
         raise broken
     network = build_network(config, str(path))
-    parameters = {name: torch.nn.Parameter(t) for name, t in weights.items() if t.is_floating_point()}
-    state = parameters | {name: parameters[of] for name, of in aliases.items() if of in parameters}
+    if not all(isinstance(getattr(network.config, key), int) for key in _LIMITS if key.endswith("_token_id")):
+        raise broken
+    parameters = {name: torch.nn.Parameter(t) for name, t in weights.items()}
+    state = parameters | {name: parameters[of] for name, of in aliases.items() if is_text(of) and of in parameters}
     shapes = {name: p.shape for name, p in network.state_dict().items()}
     wrong = sorted(set(shapes) ^ set(state)) or [n for n in shapes if shapes[n] != state[n].shape]
     if wrong:
-        raise UserError(f"{path}: its weights do not fit its configuration: {', '.join(wrong[:3])}")
+        raise UserError(f"{path}: its weights do not fit its configuration: {', '.join(map(brief, wrong[:3]))}")
+    not_finite = [name for name, t in weights.items() if not torch.isfinite(t).all()]
+    if not_finite:
+        raise UserError(f"{path}: weights that are not finite: {', '.join(not_finite[:3])}")
     network.load_state_dict(state, assign=True)
+    maskable = {weight for name in prunable(network) for weight in weight_names(block_of(name))}
     masks = {}
     for name, bits in packed.items():
-        if name not in shapes or bits.dtype != torch.uint8 or bits.numel() != -(-shapes[name].numel() // 8):
-            raise UserError(f"{path}: its mask of {name!r:.100} does not fit")
+        if name not in maskable or name not in weights or bits.numel() != -(-shapes[name].numel() // 8):
+            raise UserError(f"{path}: its mask of {brief(name)} does not fit")
         masks[name] = unpack_mask(bits, shapes[name])
+        if weights[name][~masks[name]].any():
+            raise UserError(f"{path}: {name} has weights outside its mask")
     model = Model(network, content["tokenizer"], content["prefix"], masks, content["identity"], provenance)
     try:
         _ = model.tokenizer
-    except Exception as error:
-        raise UserError(f"{path}: its tokenizer cannot be read: {str(error):.150}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return model
+
+
+def is_text(value) -> bool:
+    """Tell whether a value out of a foreign pickle is a string that UTF-8 can hold (half a surrogate pair is not)."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def all_plain(tensors, dtype) -> bool:
+    """Tell whether a value out of a foreign pickle is {text: plain dense tensor of ``dtype`` without attributes}."""
+    return isinstance(tensors, dict) and all(
+        is_text(name) and type(t) is torch.Tensor and not vars(t) and t.dtype == dtype and t.device.type == "cpu"
+        and t.is_contiguous() and not t.is_neg() for name, t in tensors.items())
 
 
 def mask_report(model: Model) -> str:
@@ -296,9 +338,25 @@ def mask_report(model: Model) -> str:
 
 
 def read_config(folder: Path) -> dict:
-    """Return ``config.json`` of a Hugging Face model folder."""
+    """Return ``config.json`` of a Hugging Face model folder.
+
+    Raises:
+        UserError: it is missing, no T5's, describes a larger model than the folder holds, or wants foreign code.
+    """
     path = folder / "config.json"
-    problem = file_problem(path)
-    if problem:
-        raise UserError(problem)
-    return json.loads(path.read_text())
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is no configuration of a model")
+    for key in ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation"):
+        if config.get(key):  # transformers would import or even download code for these
+            raise UserError(f"{path}: has {key}, which asks for foreign code; only plain T5 models are read")
+    tasks = config.get("task_specific_params") or {}
+    if not isinstance(tasks, dict) or not all(isinstance(t, dict) for t in tasks.values()):
+        raise UserError(f"{path}: task_specific_params is not {{task: {{name: value}}}}")
+    # transformers invents the weights that are missing, however many the configuration asks for.
+    needed = 2 * sum(p.numel() for p in build_network(config, str(path)).parameters())  # bfloat16 is the smallest
+    there = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))
+    if there < needed:
+        raise UserError(f"{folder}: its configuration asks for {needed:,} bytes of weights or more, there are "
+                        f"{there:,} (*.safetensors, *.bin)")
+    return config

@@ -20,7 +20,7 @@ from common.data import Batches, load_train
 from common.files import UserError
 from common.models import Model
 from common.modules import HEAD_PARTS
-from common.reconstruction import solve
+from common.solver import solve
 from common.training import shift_right
 
 

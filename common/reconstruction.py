@@ -4,8 +4,8 @@ For a linear map with weight W (out, in), mask M and inputs x, the weights Ŵ (z
 E‖(W − Ŵ)x‖² depend on the inputs only through the Gram matrix G = E[x xᵀ]: the objective is the quadratic
 tr((W − Ŵ) G (W − Ŵ)ᵀ). One pass of the original model over the text therefore serves every variant of every
 block. Reconstruction of layer outputs by least squares is the idea of He et al. (2017, "Channel Pruning for
-Accelerating Very Deep Neural Networks") and Frantar & Alistarh (2023, "SparseGPT"); the rows are solved here to
-convergence by preconditioned conjugate gradient (Saad 2003, "Iterative Methods for Sparse Linear Systems", 9.2).
+Accelerating Very Deep Neural Networks") and Frantar & Alistarh (2023, "SparseGPT"); here every row is solved to
+convergence (`common.solver`).
 """
 
 import sys
@@ -19,11 +19,10 @@ from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
 from common.modules import kind_of
+from common.solver import MAX_ITERATIONS, solve, solve_values, spread
 from common.training import shift_right
 
-DAMPING = 1e-4
-TOLERANCE = 1e-4  # of the residual's norm, row by row; below it the error does not change in five digits
-MAX_ITERATIONS = 500
+VALUE_ROUNDS = 2  # of v between fits of o; a third lowers the error by less than 2 %
 # Iterations whose errors the statistics list: dense where the error falls, sparse where it settles.
 LOGGED = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MAX_ITERATIONS)
 
@@ -49,10 +48,26 @@ def valid_tokens(name: str, batch) -> torch.Tensor:
     return batch["attention_mask"].bool() if name.startswith("encoder.") else batch["labels"] >= 0
 
 
-def input_site(block: str) -> str:
-    """Return the module whose input decides a block's solution; gated feed-forwards share one."""
+def mixed_inputs(probabilities: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Return what each head's v is applied to: the states mixed by its attention weights.
+
+    Args:
+        probabilities: (batch, heads, tgt_len, src_len).
+        states: (batch, src_len, d_model).
+
+    Returns:
+        (batch, tgt_len, heads × d_model).
+    """
+    return torch.einsum("bhts,bsd->bthd", probabilities, states).flatten(2)
+
+
+def input_site(block: str, values: bool = False) -> str:
+    """Return the site whose statistics decide a block's solution; gated feed-forwards share one.
+
+    An attention's is the input of its ``o``, or with ``values`` the attention itself: its mixed inputs.
+    """
     if kind_of(block) == "attention":
-        return f"{block}.o"
+        return block if values else f"{block}.o"
     return f"{block[:-1]}0" if block.endswith(".wi_1") else block
 
 
@@ -69,15 +84,23 @@ def gather(network, batches: Batches, sites: list[str], device) -> dict[str, Gra
     grams: dict[str, Gram] = {}
     batch = {}
 
-    def watch(site):
-        def hook(module, inputs):
-            x = inputs[0][valid_tokens(site, batch)].float()
-            gram = grams.setdefault(site, Gram(torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=device)))
-            gram.matrix += x.T @ x
-            gram.tokens += x.shape[0]
-        return hook
+    def add(site, x):
+        x = x[valid_tokens(site, batch)].float()
+        gram = grams.setdefault(site, Gram(torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=device)))
+        gram.matrix += x.T @ x
+        gram.tokens += x.shape[0]
 
-    hooks = [network.get_submodule(site).register_forward_pre_hook(watch(site)) for site in sites]
+    def watch(site):
+        module = network.get_submodule(site)
+        if kind_of(site) != "attention":
+            return module.register_forward_pre_hook(lambda _, inputs: add(site, inputs[0]))
+
+        def mix(_, args, kwargs, output):
+            states = kwargs.get("key_value_states")
+            add(site, mixed_inputs(output[2], args[0] if states is None else states))
+        return module.register_forward_hook(mix, with_kwargs=True)
+
+    hooks = [watch(site) for site in sites]
     try:
         for batch in batches.fixed(device):
             run_stacks(network, batch)
@@ -100,66 +123,6 @@ def error(gram: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> flo
 def power(gram: torch.Tensor, target: torch.Tensor) -> float:
     """Return E‖Wx‖², by which relative errors are divided."""
     return max(error(gram, target, torch.zeros_like(target)), torch.finfo(torch.float64).tiny)
-
-
-@dataclass
-class Solution:
-    """What `solve` returns: weights (rows, in), the iterations used, the largest relative residual of a row."""
-
-    weight: torch.Tensor
-    iterations: int
-    residual: float
-
-
-def solve(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, mask: torch.Tensor, damping: float = DAMPING,
-          tolerance: float = TOLERANCE, max_iterations: int = MAX_ITERATIONS, watch=None) -> Solution:
-    """Minimise tr(Ŵ G Ŵᵀ) − 2 tr(Ŵ Cᵀ) + λ‖Ŵ − W₀‖² over Ŵ that are zero outside the mask, all rows at once.
-
-    Preconditioned conjugate gradient on the normal equations (G + λI) Ŵᵀ = Cᵀ + λW₀ᵀ restricted to each row's
-    mask, with the diagonal as preconditioner; λ is ``damping`` times the mean of G's diagonal. With C = W G and
-    W₀ = W this is the block-level objective; damping keeps weights of inputs that never occur at W₀.
-
-    Args:
-        gram: G, (in, in), float64, symmetric positive semi-definite.
-        cross: C = E[y xᵀ], (rows, in).
-        prior: W₀, (rows, in), where the iteration starts too.
-        mask: bool, (rows, in), True where a weight is kept.
-        watch: called as ``watch(iteration, weight)`` before the first and after each iteration.
-
-    Raises:
-        ArithmeticError: the result is not finite or the residual stays large.
-    """
-    gram, cross, prior = gram.double(), cross.double(), prior.double()
-    ridge = max(damping * float(gram.diagonal().mean()), 1e-30)
-    a = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    b = torch.where(mask, cross + ridge * prior, 0.0)
-    x = torch.where(mask, prior, 0.0)
-    inverse = 1 / a.diagonal()
-    r = torch.where(mask, b - x @ a, 0.0)
-    # A row whose right-hand side is all zero is solved by zeros; its scale must not be 0.
-    scale = b.norm(dim=1).clamp_min(float(b.norm()) * 1e-12 + 1e-300)
-    p = z = r * inverse
-    rz = (r * z).sum(dim=1)
-    iteration = 0
-    if watch:
-        watch(0, x)
-    while iteration < max_iterations and float((r.norm(dim=1) / scale).max()) > tolerance:
-        q = torch.where(mask, p @ a, 0.0)
-        pq = (p * q).sum(dim=1)
-        alpha = torch.where(pq > 0, rz / pq, 0.0)[:, None]
-        x = x + alpha * p
-        r = r - alpha * q
-        z = r * inverse
-        rz, before = (r * z).sum(dim=1), rz
-        p = z + torch.where(before > 0, rz / before, 0.0)[:, None] * p
-        iteration += 1
-        if watch:
-            watch(iteration, x)
-    # The recursion's residual drifts from the true one: what counts is the true one.
-    residual = float((torch.where(mask, b - x @ a, 0.0).norm(dim=1) / scale).max())
-    if not torch.isfinite(x).all() or not residual < max(100 * tolerance, 1e-3):
-        raise ArithmeticError(f"the solver ended after {iteration} iterations with a relative residual of {residual:g}")
-    return Solution(x, iteration, residual)
 
 
 @dataclass
@@ -204,99 +167,156 @@ class Curve:
         return result
 
 
-def group_sites(network, sites: list[str], budget: int) -> list[list[str]]:
-    """Split sites into groups whose statistics fit into ``budget`` bytes; each group costs one pass.
+def grouped(network, sites: list[str], splits: list[Batches], device, budget: int,
+            log=lambda text: print(text, file=sys.stderr)) -> Iterator[tuple]:
+    """Yield (site, its Gram on each split) in the order of ``sites``, with as few passes as memory allows.
 
-    A site needs two float64 Gram matrices (calibration, validation) and the solver three more of its size.
+    A site needs a float64 Gram matrix for each split, and the work on it three more of its size.
 
     Raises:
-        UserError: one site alone does not fit.
+        UserError: one site alone does not fit into ``budget`` bytes; before any pass.
     """
+    def size(site):
+        module = network.get_submodule(site)
+        return 8 * (module.n_heads * module.d_model if kind_of(site) == "attention" else module.in_features) ** 2
+
     groups: list[list[str]] = [[]]
-    used = 0
     for site in sites:
-        bytes_ = 8 * network.get_submodule(site).in_features ** 2
-        if 5 * bytes_ > budget:
-            raise UserError(f"{site}: its statistics need {5 * bytes_ / 2**20:.0f} MiB; give --memory-budget at least "
-                            "that")
-        if used + 2 * bytes_ + 3 * bytes_ > budget and groups[-1]:
+        if (len(splits) + 3) * size(site) > budget:
+            raise UserError(f"{site}: its statistics need {(len(splits) + 3) * size(site) / 2**20:.1f} MiB; give "
+                            "--memory-budget at least that")
+        if groups[-1] and len(splits) * sum(map(size, groups[-1])) + (len(splits) + 3) * size(site) > budget:
             groups.append([])
-            used = 0
         groups[-1].append(site)
-        used += 2 * bytes_
-    return groups
+    for n, group in enumerate(groups):
+        began = time.perf_counter()
+        grams = [gather(network, split, group, device) for split in splits]
+        log(f"statistics {n + 1}/{len(groups)}: {len(group)} inputs, {grams[0][group[0]].tokens:,} tokens, "
+            f"{time.perf_counter() - began:.1f} s")
+        for site in group:
+            gram = grams[0][site]
+            if gram.tokens < gram.matrix.shape[0]:
+                log(f"{site}: only {gram.tokens} tokens for {gram.matrix.shape[0]} inputs; damping decides the rest, "
+                    "more calibration sentences would be better")
+            yield site, [split.pop(site).matrix for split in grams]
 
 
 def tune_exactly(network, bank: Bank, calibration: Batches, valid: Batches, device, *, budget: int, damping: float,
-                 curve: Curve, log=lambda text: print(text, file=sys.stderr)) -> Iterator[Report]:
+                 curve: Curve, values: bool = False, log=lambda text: print(text, file=sys.stderr)) -> Iterator[Report]:
     """Yield every variant of a bank, re-fitted exactly to the original's outputs.
 
     A linear block's weights, and the out-projection of an attention with its kept heads, become the least-squares
-    solution on the calibration text. q, k and v of kept heads already reproduce the original's and stay. All
-    variants of a block share its statistics and are solved together.
+    solution on the calibration text. q and k of kept heads stay, and v unless ``values``. All variants of a block
+    share its statistics; those of a linear map are solved together.
 
     Args:
         network: the original model, on ``device``.
         budget: bytes that statistics may take at a time; less memory means more passes, the same result.
         curve: filled with the errors over solver iterations. Mutated.
+        values: fit v of the kept heads too, in turn with ``o``.
     """
     blocks: dict[str, list] = {}
     for block, rates in bank.entries:
         blocks.setdefault(block, []).append((block, rates))
     by_site: dict[str, list[str]] = {}
-    for block in blocks:
-        by_site.setdefault(input_site(block), []).append(block)
-    groups = group_sites(network, list(by_site), budget)
-    for n, sites in enumerate(groups):
-        began = time.perf_counter()
-        grams = gather(network, calibration, sites, device)
-        checks = gather(network, valid, sites, device)
-        log(f"statistics {n + 1}/{len(groups)}: {len(sites)} inputs, {grams[sites[0]].tokens:,} source or target "
-            f"tokens, {time.perf_counter() - began:.1f} s")
-        for site in sites:
-            gram, check = grams.pop(site), checks.pop(site)
-            if gram.tokens < gram.matrix.shape[0]:
-                log(f"{site}: only {gram.tokens} tokens for {gram.matrix.shape[0]} inputs; damping decides the rest, "
-                    "more calibration sentences would be better")
-            for block in by_site[site]:
-                yield from _tune_block(network, block, [bank.read(key) for key in blocks[block]], gram.matrix,
-                                       check.matrix, device, damping, curve)
+    for block, keys in blocks.items():
+        mixed = values and kind_of(block) == "attention" and any(rates[0] for _, rates in keys)
+        by_site.setdefault(input_site(block, mixed), []).append(block)
+    if values:
+        network.set_attn_implementation("eager")  # the one that returns the attention's weights
+    for site, (gram, check) in grouped(network, list(by_site), [calibration, valid], device, budget, log):
+        for block in by_site[site]:
+            fit = _fit_attention if site == block and kind_of(block) == "attention" else _fit_rows
+            variants = [bank.read(key) for key in blocks[block]]
+            try:
+                yield from fit(network, block, variants, gram, check, device, damping, curve)
+            except ArithmeticError as problem:
+                raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent "
+                                "inputs") from None
 
 
-def _tune_block(network, block, variants, gram, check, device, damping, curve) -> Iterator[Report]:
+class _History:
+    """Errors and seconds of one solve while it runs; the clock stands still while errors are computed."""
+
+    def __init__(self, block, target, gram, check):
+        self.target, self.moments = target, (gram, check)
+        self.scales = [power(m, target) for m in self.moments]
+        if not self.scales[0] > 1e-30:
+            raise UserError(f"{block}: its output is zero on all the calibration text; nothing can be fitted to it")
+        self.rows, self.spent, self.began = [], 0.0, time.perf_counter()
+
+    def stop(self):
+        self.spent += time.perf_counter() - self.began
+
+    def note(self, iteration, weights: list[torch.Tensor]):
+        """Add a row (iteration, seconds, errors of the variants, their errors on validation text)."""
+        errors = [[error(m, self.target, w) / scale for w in weights]
+                  for m, scale in zip(self.moments, self.scales, strict=True)]
+        self.rows.append((iteration, self.spent, *errors))
+
+    def start(self):
+        self.began = time.perf_counter()
+
+    def reports(self, variants, curve: Curve) -> Iterator[Report]:
+        """Yield the variants' reports and add the errors over iterations to the curve."""
+        curve.add(self.rows)
+        (_, _, *before), (iterations, _, *after) = self.rows[0], self.rows[-1]
+        for i, variant in enumerate(variants):
+            yield Report(variant, before[0][i], after[0][i], before[1][i], after[1][i], self.spent / len(variants),
+                         iterations)
+
+
+def _fit_rows(network, block, variants, gram, check, device, damping, curve) -> Iterator[Report]:
     name = f"{block}.o.weight" if kind_of(block) == "attention" else f"{block}.weight"
     target = network.get_parameter(name).detach()
-    rows = target.shape[0]
     stacked = target.repeat(len(variants), 1)
     mask = torch.cat([v.masks[name] for v in variants]).to(device)
-    scales = power(gram, target), power(check, target)
-    if not scales[0] > 1e-30:
-        raise UserError(f"{block}: its output is zero on all the calibration text; nothing can be fitted to it")
-    history = []
-    began = time.perf_counter()
-    spent = 0.0
-
-    def errors(weight, moments, scale):
-        return [error(moments, target, part) / scale for part in weight.split(rows)]
+    history = _History(block, target, gram, check)
 
     def watch(iteration, weight):
-        nonlocal began, spent
-        spent += time.perf_counter() - began
         if iteration in LOGGED:
-            history.append((iteration, spent, errors(weight, gram, scales[0]), errors(weight, check, scales[1])))
-        began = time.perf_counter()
+            history.stop()
+            history.note(iteration, weight.split(target.shape[0]))
+            history.start()
 
-    try:
-        solution = solve(gram, stacked.double() @ gram, stacked, mask, damping, watch=watch)
-    except ArithmeticError as problem:
-        raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent inputs") from None
-    spent += time.perf_counter() - began
-    weight = solution.weight.float()
-    history.append((solution.iterations, spent, errors(weight, gram, scales[0]), errors(weight, check, scales[1])))
-    history.sort(key=lambda row: row[0])
-    curve.add(history)
-    (_, _, before, valid_before), (_, _, after, valid_after) = history[0], history[-1]
-    for i, (variant, part) in enumerate(zip(variants, weight.split(rows), strict=True)):
+    solution = solve(gram, stacked.double() @ gram, stacked, mask, damping, watch=watch)
+    history.stop()
+    parts = solution.weight.float().split(target.shape[0])
+    history.note(solution.iterations, parts)
+    for variant, part in zip(variants, parts, strict=True):
         variant.weights[name] = part.cpu()
-        yield Report(variant, before[i], after[i], valid_before[i], valid_after[i], spent / len(variants),
-                     solution.iterations)
+    yield from history.reports(variants, curve)
+
+
+def _fit_attention(network, block, variants, gram, check, device, damping, curve) -> Iterator[Report]:
+    """Fit ``o`` and v of the kept heads in turn; the errors over iterations count both solvers' iterations."""
+    attention = network.get_submodule(block)
+    heads = attention.n_heads
+    o, v = (getattr(attention, part).weight.detach().double() for part in ("o", "v"))
+    target = o @ spread(v, heads)
+    cross = target @ gram
+    for variant in variants:
+        history = _History(block, target, gram, check)
+        mask = variant.masks[f"{block}.o.weight"].to(device)
+        rows = variant.masks.get(f"{block}.v.weight")
+        kept = torch.ones(heads, dtype=torch.bool) if rows is None else rows[:: rows.shape[0] // heads, 0]
+        kept = kept.to(device)
+        new_o, new_v, iterations = torch.where(mask, o, 0.0), v, 0
+        history.note(0, [new_o @ spread(new_v, heads)])
+        history.start()
+        for turn in range(2 * VALUE_ROUNDS + 1 if rows is not None else 1):
+            if turn % 2 == 0:
+                mixing = spread(new_v, heads)
+                solution = solve(mixing @ gram @ mixing.T, cross @ mixing.T, new_o, mask, damping)
+                new_o = solution.weight
+            else:
+                solution = solve_values(gram, cross, new_o, new_v, kept, damping)
+                new_v = solution.weight
+            iterations += solution.iterations
+            history.stop()
+            history.note(iterations, [new_o @ spread(new_v, heads)])
+            history.start()
+        variant.weights[f"{block}.o.weight"] = new_o.float().cpu()
+        if rows is not None:
+            variant.weights[f"{block}.v.weight"] = torch.where(rows.to(device), new_v, 0.0).float().cpu()
+        yield from history.reports([variant], curve)

@@ -91,3 +91,47 @@ def test_sparsity_counts_a_shared_tensor_once():
     with torch.no_grad():
         model[0].weight[:] = torch.tensor([[0.0, 1.0], [0.0, 2.0]])
     assert masking.sparsity(model) == (4, 2)
+
+
+def test_wanda_weighs_magnitude_with_the_inputs_root_mean_square():
+    weight = torch.tensor([[3.0, 1.0], [2.0, -4.0]])
+    gram = torch.diag(torch.tensor([1.0, 100.0])).double()  # scores 3, 10; 2, 40
+    assert masking.wanda_mask(weight, 0.5, gram).tolist() == [[False, True], [False, True]]
+
+
+def test_obs_equals_the_error_of_removing_each_weight_alone():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 4, generator=g, dtype=torch.float64) @ torch.randn(4, 4, generator=g, dtype=torch.float64)
+    weight = torch.randn(2, 4, generator=g, dtype=torch.float64)
+    gram = x.T @ x / 100
+    errors = torch.empty(2, 4)
+    for i in range(2):
+        for j in range(4):
+            kept = [c for c in range(4) if c != j]
+            y = x @ weight[i]
+            fit = torch.linalg.lstsq(x[:, kept], y[:, None]).solution[:, 0]
+            errors[i, j] = (y - x[:, kept] @ fit).square().mean()
+    expected = masking.smallest_removed(errors, 4)
+    assert torch.equal(masking.obs_mask(weight, 0.5, gram, damping=1e-12), expected)
+
+
+def test_heads_by_output_remove_what_the_output_misses_least():
+    """Against all subsets of two heads of four; greedy need not be best, but is here."""
+    import itertools
+
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(50, 8, generator=g, dtype=torch.float64) * torch.tensor([1, 1, 3, 3, 0.5, 0.5, 2, 2.0])
+    o = torch.randn(5, 8, generator=g, dtype=torch.float64)
+
+    def lost(removed):
+        columns = [2 * h + i for h in removed for i in range(2)]
+        return float((x[:, columns] @ o[:, columns].T).square().sum())
+
+    best = min(itertools.combinations(range(4), 2), key=lost)
+    kept = masking.head_mask_by_output(o, x.T @ x / 50, 4, 0.5)
+    assert [h for h in range(4) if not kept[h]] == list(best)
+
+
+def test_heads_by_output_refuse_to_remove_all():
+    with pytest.raises(UserError, match="removes all 2 heads"):
+        masking.head_mask_by_output(torch.ones(3, 4), torch.eye(4).double(), 2, 0.9)

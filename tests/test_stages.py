@@ -220,3 +220,22 @@ def test_on_multi30k_exact_tuning_recovers_most_of_the_loss(tmp_path, stage):
         pairs = read_pairs(DataOptions("multi30k", REAL_DATA, "en", "de", ""), "val")
         losses.append(training.evaluate(training.TranslationLoss(model.network), Batches(pairs, model, 8192), "cpu"))
     assert losses == pytest.approx([2.217, 2.067], abs=0.01)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "obs"])
+def test_criteria_remove_as_much_and_lose_less_of_the_output(made, tmp_path, stage, criterion):
+    common = ["-m", made / "origin.pth", "--data-dir", made / "text"]
+    result = stage("prune", *common, "-c", made / "scheme.json", "-o", tmp_path / "p.npy", "--criterion", criterion)
+    assert result.code == 0, result.err
+    assert stage("block-level_finetuning", *common, "-p", tmp_path / "p.npy", "-o", tmp_path / "t.npy", "--stats",
+                 tmp_path / "b.csv").code == 0
+    mine, l1 = bank.load(tmp_path / "p.npy"), bank.load(made / "pruned.npy")
+    assert list(mine.entries) == list(l1.entries)
+    for key in mine.entries:
+        if "Dense" in key[0]:
+            assert [m.sum() for m in mine.read(key).masks.values()] == [m.sum() for m in l1.read(key).masks.values()]
+    # obs judges a weight after the others are re-fitted, so before that only its choice of heads need be better.
+    errors = [np.mean([float(r["valid_error_before"]) for r in read_csv(path)
+                       if criterion == "wanda" or "Attention" in r["block"]])
+              for path in (tmp_path / "b.variants.csv", made / "block.variants.csv")]
+    assert errors[0] < errors[1]
