@@ -3,7 +3,8 @@
 
 Reads the original model and a pruned bank. Writes the tuned bank, statistics, and a table of all variants with
 their errors. The exact solver needs one pass of the original over some calibration text; gradient descent
-(--solver adamw) trains for epochs and also tunes q, k and v. Errors are relative: E|y - y'|² / E|y|².
+(--solver adamw) trains for epochs and also tunes q, k and v; --resume and the flags under "training" are for it.
+Errors are relative: E|y - y'|² / E|y|².
 
     python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
 """

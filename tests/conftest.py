@@ -12,8 +12,9 @@ import torch
 from common import cli, demo_corpus
 
 ROOT = Path(__file__).parent.parent
-REAL_DATA = Path(os.environ.get("MULTI30K_DIR", ROOT.parent / "shared" / "multi30k"))
-REAL_TEACHER = Path(os.environ.get("TEACHER_DIR", ROOT.parent / "shared" / "teacher"))
+# The tests on real input need a folder with Multi30K and one with a small T5 trained on it; without they are skipped.
+REAL_DATA = Path(os.environ.get("MULTI30K_DIR", ROOT / "data" / "multi30k"))
+REAL_TEACHER = Path(os.environ.get("TEACHER_DIR", ROOT / "data" / "teacher"))
 
 SMALL = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2,
          "decoder_start_token_id": 0, "dropout_rate": 0.1}
@@ -75,7 +76,6 @@ def save_folder(folder: Path, kind: str = "t5", seed: int = 0, untie: bool = Fal
     config, network = (T5Config, T5ForConditionalGeneration) if kind == "t5" else (
         MT5Config, MT5ForConditionalGeneration)
     model = network(config(**(SMALL | {"vocab_size": tokenizer.get_vocab_size()} | changes))).eval()
-    # A fresh T5's logits are so flat that nothing downstream shows; scaled-up embeddings sharpen them.
     if untie:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     folder.mkdir(parents=True)
