@@ -41,11 +41,10 @@ def build_parser():
     return p
 
 
-def tune_exactly(args, model, opened, writer, device):
+def tune_exactly(args, model, opened, writer, device, calibration, valid):
     """Write the least-squares solutions; return the statistics' rows, the variants' rows and a summary."""
-    from common import data, models, reconstruction
+    from common import models, reconstruction
 
-    calibration, valid = data.load_batches(args, model, calibration=args.calibration_sentences)
     curve, table, solving, last = reconstruction.Curve(), [], 0.0, 0
     began = time.perf_counter()
     for r in reconstruction.tune_exactly(models.place(model.network, device), opened, calibration, valid, device,
@@ -62,11 +61,14 @@ def tune_exactly(args, model, opened, writer, device):
     return curve.rows(passes, last), table, f"{passes:.1f} s of statistics, {solving:.1f} s of solving"
 
 
-def tune_by_gradient(args, model, opened, writer, device, inputs):
-    """Write the variants after gradient descent; `fit` writes the statistics. Return variants' rows and a summary."""
-    from common import data, distillation, models, training
+def tune_by_gradient(args, model, opened, writer, device, train, valid, inputs):
+    """Write the variants after gradient descent; `fit` writes the statistics.
 
-    train, valid = data.load_batches(args, model)
+    Returns:
+        The variants' rows, a summary, and the options, with which the checkpoint is removed.
+    """
+    from common import distillation, models, training
+
     objective = distillation.BlockReconstruction(models.place(model.network, device), opened, valid, device)
     before = objective.errors(valid, device)
     options = training.FitOptions.from_args(args, max_grad_norm=None)
@@ -87,7 +89,7 @@ def main(argv=None) -> int:
     args.variants = args.variants or args.stats.with_suffix(".variants.csv")
     cli.check_inputs(args.model, args.bank)
     cli.check_training(args, args.variants)
-    from common import bank, files, models, runtime, training
+    from common import bank, data, files, models, runtime, training
     from common.provenance import provenance
 
     device = runtime.setup(args.device, args.seed, args.threads)
@@ -95,15 +97,18 @@ def main(argv=None) -> int:
     opened.check_origin(model.identity, args.model)
     inputs = {"model": (args.model, model.identity, model.provenance),
               "bank": (args.bank, opened.sha256, opened.provenance)}
-    origin = provenance("block-level_finetuning.py", args, inputs)
     options = None
     with files.locked(args.output):
+        train, valid = data.load_batches(args, model, args.calibration_sentences if args.solver == "exact" else None)
+        inputs |= {"training text": data.text_input(args, train), "validation text": data.text_input(args, valid)}
+        origin = provenance("block-level_finetuning.py", args, inputs)
         with bank.create(args.output, model.identity, opened.scheme, args.solver, origin) as writer:
             if args.solver == "exact":
-                rows, table, summary = tune_exactly(args, model, opened, writer, device)
+                rows, table, summary = tune_exactly(args, model, opened, writer, device, train, valid)
                 files.write_bytes(args.stats, training.statistics_csv(rows, training.COLUMNS[:5]))
             else:
-                table, summary, options = tune_by_gradient(args, model, opened, writer, device, inputs)
+                table, summary, options = tune_by_gradient(args, model, opened, writer, device, train,
+                                                           valid, inputs)
             files.write_bytes(args.variants, training.statistics_csv(table, VARIANT_COLUMNS))
         if options:
             training.finish(options)

@@ -25,14 +25,17 @@ def build_parser():
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     cli.check_inputs(args.model, args.bank, args.configurations)
-    cli.check_outputs(args.overwrite, args.output)
     from common import composition, files, models, recalibration, runtime
-    from common.provenance import provenance
+    from common.provenance import provenance, tell
+
+    if args.ancestry:
+        return tell(args.model, args.bank)
+    cli.check_outputs(args.overwrite, args.output)
 
     with files.locked(args.output):
         model, origin = composition.from_files(args.model, args.bank, args.configurations, args.number)
         if args.recalibrate:
-            recalibration.from_args(args, model, runtime.setup(args.device, args.seed, args.threads))
+            recalibration.from_args(args, model, runtime.setup(args.device, args.seed, args.threads), origin)
         model.provenance = provenance("compose_model.py", args, origin)
         models.save(args.output, model)
     print(f"{args.output}: configuration {args.number}; {models.mask_report(model)}")

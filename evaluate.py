@@ -22,7 +22,7 @@ def build_parser():
                    help="score lower-cased, as much of the literature on Multi30K does")
     p.add_argument("--examples", type=cli.index, default=3, metavar="N", help="translations to show")
     p.add_argument("--ancestry", action="store_true",
-                   help="print how each model was made, back to the download, and evaluate nothing")
+                   help="print how each file (model, bank, scheme) was made, back to the download, and do nothing else")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
     p.add_argument("--batch-tokens", type=cli.count, default=8192, metavar="N",
                    help="tokens a batch, padding included")
@@ -59,14 +59,11 @@ def main(argv=None) -> int:
     cli.check_inputs(*args.model)
     if args.json:
         cli.check_outputs(args.overwrite, args.json)
-    from common import files, models, runtime
-    from common.provenance import ancestry
+    from common import files, runtime
+    from common.provenance import tell
 
     if args.ancestry:
-        for path in args.model:
-            model = models.load(path)
-            print(f"{path} (identity {model.identity})\n{ancestry(model.provenance, '  ')}")
-        return 0
+        return tell(*args.model)
     device = runtime.setup(args.device, args.seed, args.threads)
     width = max(len(str(path)) for path in args.model)
     print(f"{'model':{width}}  {'BLEU':>5}  {'chrF':>5}  {'val. loss':>9}  {'parameters':>11}  {'zeros':>6}  "

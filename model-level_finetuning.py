@@ -27,12 +27,16 @@ def build_parser():
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     cli.check_inputs(args.model, args.bank, args.configurations)
-    cli.check_training(args)
     from common import composition, recalibration, runtime, training
+    from common.provenance import tell
+
+    if args.ancestry:
+        return tell(args.model, args.bank)
+    cli.check_training(args)
 
     model, inputs = composition.from_files(args.model, args.bank, args.configurations, args.number)
     if args.recalibrate:
-        recalibration.from_args(args, model, runtime.setup(args.device, args.seed, args.threads))
+        recalibration.from_args(args, model, runtime.setup(args.device, args.seed, args.threads), inputs)
     return training.finetune_model("model-level_finetuning.py", args, model, inputs)
 
 

@@ -141,8 +141,9 @@ class Bank:
             if int(mask.sum()) != kept:
                 raise UserError(f"{self.path}: is damaged: the mask of {name} does not fit")
             values = np.zeros(shape, dtype=np.float32)
-            values[mask] = data[at + bits:at + bits + 4 * kept].view("<f4")
-            if not np.isfinite(values).all():
+            stored = data[at + bits:at + bits + 4 * kept].view("<f4")
+            values[mask] = stored
+            if not np.isfinite(stored).all():
                 raise UserError(f"{self.path}: {name} at {', '.join(f'{r:g}' for r in rates)} has weights that are "
                                 "not finite")
             at += bits + 4 * kept

@@ -186,6 +186,8 @@ def add_composition(p: argparse.ArgumentParser, bank: str) -> None:
                    help="configuration file")
     p.add_argument("-n", "--number", type=index, default=0, metavar="NTH",
                    help="which configuration, counted from 0")
+    p.add_argument("--ancestry", action="store_true",
+                   help="print how model and bank were made, back to the download, and do nothing else")
     g = p.add_argument_group("recalibration")
     g.add_argument("--recalibrate", action="store_true",
                    help="re-fit the composed model's linear weights, layer by layer and without gradients, to the "

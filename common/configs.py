@@ -1,9 +1,8 @@
 """Configurations ({module: rate}) and schemes ({block: [rates]}): generate, read, check, write."""
 
-import math
 from pathlib import Path
 
-from common.files import UserError, digest, read_json, to_json, write_json
+from common.files import UserError, brief, digest, read_json, to_json, write_json
 from common.modules import block_of, kind_of, members
 
 Configuration = dict[str, float]
@@ -19,9 +18,9 @@ def uniform(kinds: dict[str, str], attention: float, linear: float) -> Configura
 
 def _rate_problem(value) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"pruning rate {value!r:.50} is not a number"
-    if not (math.isfinite(value) and 0 <= value < 1):
-        return f"pruning rate {value} is not in [0, 1)"
+        return f"pruning rate {brief(value)} is not a number"
+    if not 0 <= value < 1:
+        return f"pruning rate {brief(value)} is not in [0, 1)"
     return None
 
 
@@ -91,12 +90,11 @@ def required_variants(configuration: Configuration) -> dict[str, tuple[float, ..
 
 def make_scheme(configurations: list[Configuration]) -> Scheme:
     """Return every block's variants that the configurations need, each once, in order of appearance."""
-    scheme: Scheme = {}
+    scheme: dict[str, dict] = {}  # of dicts without values, for looking through long lists takes quadratic time
     for configuration in configurations:
         for block, rates in required_variants(configuration).items():
-            if rates not in scheme.setdefault(block, []):
-                scheme[block].append(rates)
-    return scheme
+            scheme.setdefault(block, {})[rates] = None
+    return {block: list(variants) for block, variants in scheme.items()}
 
 
 def scheme_digest(scheme: Scheme) -> str:
@@ -123,7 +121,8 @@ def read_scheme(path: Path) -> tuple[Scheme, dict]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: is not a pruning scheme; {again}")
     if content.get("version") != VERSION:
-        raise UserError(f"{path}: scheme version {content.get('version')!r:.20}, this toolkit reads {VERSION}; {again}")
+        raise UserError(f"{path}: scheme version {brief(content.get('version'))}, this toolkit reads {VERSION}; "
+                        f"{again}")
     scheme, problems = {}, []
     blocks = content.get("blocks")
     for block, variants in blocks.items() if isinstance(blocks, dict) else ():

@@ -1,9 +1,11 @@
 """Parallel text: find or download the splits, check and tokenise them once, batch them by length (torchtext)."""
 
 import gzip
+import hashlib
 import random
 import sys
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ MULTI30K_SHA256 = {
     "test_2016_flickr.de": "4be6b5b3236b79c25475c6bb829800a7ce559e9ba7a1f6c2394fe4d40be46d16",
 }
 MAX_TEXT_BYTES = 4 << 30
+MAX_UNPACKED, MAX_RATIO = 64 << 20, 100  # beyond so many bytes, text that gzip made so much smaller is a bomb
 MAX_TOKENS = 512  # T5's training length; longer sentences are cut there, which is reported
 LABEL_PADDING = -100  # the index torch's cross-entropy ignores
 
@@ -57,13 +60,16 @@ def _decode(raw: bytes, path: Path) -> list[str]:
     return [line.removesuffix("\r").replace("\0", "").strip() for line in lines]
 
 
-def _unpack(stream, path: Path) -> bytes:
+def _unpack(stream, path: Path, packed: int | None = None) -> bytes:
+    """Return all that ``stream`` holds, which was unpacked from ``packed`` bytes."""
+    limit = MAX_TEXT_BYTES if packed is None else min(MAX_TEXT_BYTES, max(MAX_UNPACKED, MAX_RATIO * packed))
     try:
-        data = stream.read(MAX_TEXT_BYTES + 1)
+        data = stream.read(limit + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: is not a complete gzip file: {error}") from None
-    if len(data) > MAX_TEXT_BYTES:
-        raise UserError(f"{path}: more than {MAX_TEXT_BYTES >> 30} GiB of text is not read")
+    if len(data) > limit:
+        raise UserError(f"{path}: more than {limit >> 20:,} MiB of text" + (
+            "" if packed is None else f" out of {packed:,} packed bytes") + " is not read")
     return data
 
 
@@ -82,7 +88,7 @@ def _download(folder: Path, split: str, language: str) -> Path:
     except requests.RequestException as error:
         raise UserError(f"{path}: is not there and cannot be downloaded ({type(error).__name__}); put the text "
                         f"into {folder} or name its folder with --data-dir, or use --data demo") from None
-    text = _unpack(gzip.open(io.BytesIO(packed)), path)
+    text = _unpack(gzip.open(io.BytesIO(packed)), path, len(packed))
     expected = MULTI30K_SHA256.get(f"{split}.{language}")
     if expected and digest(text) != expected:
         raise UserError(f"{url}: the download's SHA-256 is {digest(text)}, expected {expected}; nothing was kept")
@@ -98,8 +104,9 @@ def _read_lines(options: DataOptions, split: str, language: str) -> list[str]:
             break
     else:
         path = _download(options.folder, split, language)
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
-        return _decode(_unpack(stream, path), path)
+    packed = path.stat().st_size if path.suffix == ".gz" else None
+    with open(path, "rb") if packed is None else gzip.open(path) as stream:
+        return _decode(_unpack(stream, path, packed), path)
 
 
 def read_pairs(options: DataOptions, split: str) -> list[tuple[str, str]]:
@@ -139,9 +146,17 @@ def sample(pairs: list, number: int, seed: int) -> list:
 
 
 def encode(tokenizer, sentences: list[str], eos: int) -> tuple[list[list[int]], int]:
-    """Return the token ids of each sentence, ending in ``eos``, and how many were cut at `MAX_TOKENS`."""
+    """Return the token ids of each sentence, ending in ``eos``, and how many were cut at `MAX_TOKENS`.
+
+    Raises:
+        UserError: the tokenizer fails on the text, as one without an unknown token does on a new letter.
+    """
+    try:
+        encodings = tokenizer.encode_batch(sentences)
+    except Exception as error:
+        raise UserError(f"the model's tokenizer cannot read the text: {str(error):.150}") from None
     cut, result = 0, []
-    for encoding in tokenizer.encode_batch(sentences):
+    for encoding in encodings:
         ids = encoding.ids if encoding.ids and encoding.ids[-1] == eos else [*encoding.ids, eos]
         if len(ids) > MAX_TOKENS:
             ids, cut = [*ids[:MAX_TOKENS - 1], eos], cut + 1
@@ -167,11 +182,19 @@ class Batches:
         fields = [("source", RawField()), ("target", RawField())]
         examples = [Example.fromlist([s, t], fields) for s, t in zip(sources, targets, strict=True)]
         self.dataset = Dataset(examples, fields)
+        self.sha256 = digest("\n".join(prefix + "\t".join(pair) for pair in pairs))
         self.batch_tokens, self.seed, self.pad = batch_tokens, seed, config.pad_token_id
 
     def __len__(self) -> int:
         """Number of sentence pairs."""
         return len(self.dataset)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of all token ids."""
+        value = hashlib.sha256()
+        for example in self.dataset.examples:
+            value.update(array("q", [len(example.source), *example.source, *example.target]).tobytes())
+        return value.hexdigest()
 
     def epoch(self, number: int | None) -> list:
         """Return the batches (lists of examples) of a training epoch, or in a fixed order for None."""
@@ -223,6 +246,11 @@ def load_train(args, model, calibration: int | None = None) -> Batches:
     if calibration:
         pairs = sample(pairs, calibration, args.seed)
     return Batches(pairs, model, args.batch_tokens, args.seed, args.source_prefix)
+
+
+def text_input(args, batches: Batches) -> tuple[Path, str, dict]:
+    """Return a text as an input for `common.provenance.provenance`: where it lies, its SHA-256."""
+    return Path("demo" if args.data == "demo" else args.data_dir.name), batches.sha256, {}
 
 
 def load_batches(args, model, calibration: int | None = None) -> tuple[Batches, Batches]:

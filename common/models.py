@@ -350,6 +350,9 @@ def read_config(folder: Path) -> dict:
     for key in ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation"):
         if config.get(key):  # transformers would import or even download code for these
             raise UserError(f"{path}: has {key}, which asks for foreign code; only plain T5 models are read")
+    labels = config.get("num_labels", 2)
+    if type(labels) is not int or not 0 <= labels <= 1 << 10:  # transformers makes a dictionary of so many entries
+        raise UserError(f"{path}: has num_labels = {brief(labels)}; a translation model has none")
     tasks = config.get("task_specific_params") or {}
     if not isinstance(tasks, dict) or not all(isinstance(t, dict) for t in tasks.values()):
         raise UserError(f"{path}: task_specific_params is not {{task: {{name: value}}}}")

@@ -37,3 +37,25 @@ def ancestry(origin: dict, indent: str = "") -> str:
         if entry["provenance"]:
             lines.append(ancestry(entry["provenance"], indent + "    "))
     return "\n".join(lines)
+
+
+def tell(*paths: Path) -> int:
+    """Print the ancestry of model files, banks and schemes; return the exit code 0.
+
+    Raises:
+        UserError: a file is missing, damaged or of another kind.
+    """
+    from common import bank, configs, models
+
+    for path in paths:
+        if path.suffix == ".npy":
+            opened = bank.load(path)
+            sha, origin = opened.sha256, opened.provenance
+        elif path.suffix == ".json":
+            scheme, origin = configs.read_scheme(path)
+            sha = configs.scheme_digest(scheme)
+        else:
+            model = models.load(path)
+            sha, origin = model.identity, model.provenance
+        print(f"{path} (sha256 {sha})\n{ancestry(origin, '  ')}")
+    return 0

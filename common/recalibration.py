@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from common import models
-from common.data import Batches, load_train
+from common.data import Batches, load_train, text_input
 from common.files import UserError
 from common.models import Model
 from common.modules import HEAD_PARTS
@@ -161,9 +161,10 @@ class _Sweep:
             batch.composed = self.composed.get_submodule(name).final_layer_norm(batch.composed)
 
 
-def from_args(args, model: Model, device) -> None:
-    """Recalibrate a composed model as the flags of `common.cli.add_composition` say. Mutates ``model``."""
+def from_args(args, model: Model, device, inputs: dict) -> None:
+    """Recalibrate a composed model as the flags of `common.cli.add_composition` say. Mutates ``model``, ``inputs``."""
     calibration = load_train(args, model, args.calibration_sentences)
+    inputs["calibration text"] = text_input(args, calibration)
     original = models.place(models.load(args.model).network, device)
     models.place(model.network, device)
     recalibrate(original, model, calibration, device, args.damping)

@@ -16,9 +16,9 @@ from torch import nn
 
 from common import masking, models, runtime
 from common.cli import CHECKPOINT, checkpoint_folder
-from common.data import Batches, load_batches
-from common.files import Interrupted, UserError, locked, write_bytes
-from common.models import load_sealed, save_sealed
+from common.data import Batches, load_batches, text_input
+from common.files import Interrupted, UserError, brief, locked, write_bytes
+from common.models import all_plain, load_sealed, save_sealed
 from common.provenance import provenance
 
 COLUMNS = ("epoch", "train_loss", "valid_loss", "train_seconds", "valid_seconds", "step", "learning_rate")
@@ -131,6 +131,34 @@ def _optimizer(objective: nn.Module, options: FitOptions) -> torch.optim.Optimiz
                              fused=True)
 
 
+def say(text: str) -> None:
+    """Print progress to stderr. If its reader has left (Ctrl-C ends ``… 2>&1 | tee`` first), go on without."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def available_memory() -> int | None:
+    """Return how many bytes of memory new work may take, None where the system does not tell (not Linux)."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None
+
+
+def check_memory(objective: nn.Module, device) -> None:
+    """Raise `UserError` if what training keeps for every weight does not fit into memory.
+
+    Five numbers a weight: itself, its gradient, AdamW's two moments and the best state so far. Activations come on
+    top; they depend on --batch-tokens and cannot be foreseen so surely.
+    """
+    weights = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
+    there = available_memory() if torch.device(device).type == "cpu" else None
+    if there is not None and 5 * weights > there:
+        raise UserError(f"training {weights / 1e9:.2f} GB of weights takes at least {5 * weights / 1e9:.2f} GB of "
+                        f"memory (gradients, AdamW's state and the best weights included), {there / 1e9:.2f} GB are "
+                        "available; free some memory, or train a smaller model")
+
+
 class _Signals:
     """SIGINT and SIGTERM are noted while the block runs; the loop looks between steps. A second one stops at once."""
 
@@ -143,7 +171,7 @@ class _Signals:
         if self.caught:
             raise Interrupted("stopped without a new checkpoint", signum)
         self.caught = signum
-        print("\nstopping after this step …", file=sys.stderr)
+        say("\nstopping after this step …")
 
     def __exit__(self, *error):
         for s, handler in self._old.items():
@@ -151,7 +179,7 @@ class _Signals:
 
 
 def fit(objective: nn.Module, train: Batches, valid: Batches, options: FitOptions, *, device, stats: Path,
-        fingerprint: dict, log: Callable[[str], None] = lambda text: print(text, file=sys.stderr)) -> FitResult:
+        fingerprint: dict, log: Callable[[str], None] = say) -> FitResult:
     """Train ``objective`` and leave the weights with the best validation loss in it.
 
     The first row of the statistics is the validation before any step (epoch 0, no training loss), so a start
@@ -165,9 +193,11 @@ def fit(objective: nn.Module, train: Batches, valid: Batches, options: FitOption
         fingerprint: what must be equal for a checkpoint to be resumed, {name: value}.
 
     Raises:
-        UserError: the loss or a gradient is not finite, the checkpoint is of another run or in use.
+        UserError: the loss or a gradient is not finite, the checkpoint is of another run or in use, or memory is
+            too small.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
     """
+    check_memory(objective, device)
     folder = options.checkpoint_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -185,12 +215,24 @@ def finish(options: FitOptions) -> None:
         options.checkpoint_dir.rmdir()
 
 
+def _same_shapes(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)
+
+
+def _good_rows(rows) -> bool:
+    """Tell whether statistics rows out of a checkpoint are such as `_Run._validate` writes."""
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == len(COLUMNS) and all(type(x) in (int, float) or (
+            x is None and i in (1, 6)) for i, x in enumerate(row)) for row in rows)
+
+
 class _Run:
     """One call of `fit`; the methods share its state."""
 
     def __init__(self, objective, train, valid, options, device, stats, fingerprint, log, signals):
         self.objective, self.train, self.valid, self.options = objective, train, valid, options
-        self.device, self.stats, self.fingerprint, self.log, self.signals = device, stats, fingerprint, log, signals
+        self.device, self.stats, self.log, self.signals = device, stats, log, signals
+        self.fingerprint = fingerprint | {"training text": train.digest(), "validation text": valid.digest()}
         self.optimizer = _optimizer(objective, options)
         self.trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         self.state, self.best = _State(), {}
@@ -325,26 +367,54 @@ class _Run:
     def _load(self):
         content = load_sealed(self.path, "a checkpoint")
         saved = content.get("fingerprint")
-        if content.get("format") != "composable-pruning checkpoint" or not isinstance(saved, dict):
+        if content.get("format") != "composable-pruning checkpoint" or not isinstance(saved, dict) or not all(
+                isinstance(key, str) for key in saved):
             raise UserError(f"{self.path}: is not a checkpoint of this toolkit")
-        other = [f"{key}: checkpoint {saved.get(key)!r:.80}, now {self.fingerprint.get(key)!r:.80}"
+        other = [f"{key}: checkpoint {brief(saved.get(key))}, now {brief(self.fingerprint.get(key))}"
                  for key in sorted(saved.keys() | self.fingerprint.keys())
                  if saved.get(key) != self.fingerprint.get(key)]
         if other:
             raise UserError(f"{self.path}: is of another run; repeat its arguments, or start anew without "
-                            "--resume:\n  " + "\n  ".join(other))
+                            "--resume:\n  " + "\n  ".join(other[:20]))
         try:
-            self.state = _State(**content["state"])
-            self.best = {n: t.to(self.device) for n, t in content["best"].items()}
-            with torch.no_grad():
-                for name, p in self.trained.items():
-                    p.copy_(content["weights"][name])
-            self.optimizer.load_state_dict(content["optimizer"])
-            torch.set_rng_state(content["rng"]["cpu"])
-            if "cuda" in content["rng"]:
-                torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path}: does not fit this run: {str(error).splitlines()[0]:.150}") from None
+            self._restore(content)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{self.path}: does not fit this run: {reason:.150}") from None
+
+    def _restore(self, content: dict) -> None:
+        """Take over a checkpoint; raise `ValueError` or the like where a foreign one would derail the run later."""
+        state, optimizer, rng = content["state"], content["optimizer"], content["rng"]
+        for name, default in vars(_State()).items():
+            value = state[name]
+            good = _good_rows(value) if name == "rows" else type(value) is type(default) and value >= 0
+            if not good:
+                raise ValueError(f"its {name} is {brief(value)}")
+        if len(state) > len(vars(_State())) or not state["rows"]:
+            raise ValueError("its counters are not complete")
+        if state["batch"] and state["batch"] >= len(self.train.epoch(state["epoch"])):
+            raise ValueError(f"its epoch {state['epoch']} has no batch {state['batch']}")
+        for role in ("weights", "best"):
+            if not all_plain(content[role], torch.float32) or not _same_shapes(content[role], self.trained):
+                raise ValueError(f"its {role} are not this model's")
+        # Of the optimizer only the numbers are taken over, what kind it is the arguments say.
+        own = self.optimizer.state_dict()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, tensors in optimizer["state"].items():
+            expected = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+            if i < 0 or not all_plain(tensors, torch.float32) or not _same_shapes(tensors, expected):
+                raise ValueError("its optimizer is not this model's")
+        if not all_plain(rng, torch.uint8):
+            raise ValueError("its random state is none")
+        torch.set_rng_state(rng["cpu"])
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        self.optimizer.load_state_dict(own | {"state": optimizer["state"]})
+        self.state = _State(**state)
+        self.best = {n: t.to(self.device) for n, t in content["best"].items()}
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(content["weights"][name])
 
     def _yield_to_signal(self):
         if self.signals.caught:
@@ -366,11 +436,12 @@ def finetune_model(stage: str, args, model, inputs: dict) -> int:
     Args:
         stage: the script's name, for the provenance.
         model: a `common.models.Model`; its masks stay in force. Mutated.
-        inputs: what it was made from, for the provenance and for --resume.
+        inputs: what it was made from, for the provenance and for --resume; the text is added. Mutated.
     """
     device = runtime.setup(args.device, args.seed, args.threads)
     with locked(args.output):
         train, valid = load_batches(args, model)
+        inputs |= {"training text": text_input(args, train), "validation text": text_input(args, valid)}
         options = FitOptions.from_args(args)
         objective = TranslationLoss(models.place(model.network, device))
         masking.enforce(model.network, model.masks)

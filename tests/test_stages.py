@@ -56,7 +56,7 @@ def test_all_ten_run_without_any_argument(tmp_path, monkeypatch, capsys, kind):
 def test_two_runs_give_the_same_bytes(made, tmp_path, stage):
     data = ["--data-dir", made / "text"]
     outputs = {"model": "m.pth", "conf": "c.json", "scheme": "s.json", "bank": "p.npy", "tuned": "t.npy",
-               "composed": "c.pth", "base": "b.pth", "grad": "g.npy"}
+               "composed": "c.pth", "base": "b.pth", "grad": "g.npy", "wanda": "w.npy", "final": "f.pth", "plot": "l.png"}
     seen = []
     for _ in range(2):
         shutil.rmtree(tmp_path)
@@ -74,10 +74,16 @@ def test_two_runs_give_the_same_bytes(made, tmp_path, stage):
             ["compose_model", "-m", o["model"], "-p", o["tuned"], "-c", o["conf"], "-o", o["composed"]],
             ["baseline_finetuning", "-m", o["composed"], "-o", o["base"], "--epochs", 1, "--stats",
              tmp_path / "3.csv", *data],
+            ["prune", "-m", o["model"], "-c", o["scheme"], "-o", o["wanda"], "--criterion", "wanda", *data],
+            ["model-level_finetuning", "-m", o["model"], "-p", o["tuned"], "-c", o["conf"], "-o", o["final"],
+             "--epochs", 1, "--stats", tmp_path / "4.csv", "--recalibrate", *data],
+            ["plot_loss", tmp_path / "4.csv", "-o", o["plot"]],
+            ["evaluate", "-m", o["final"], "--json", tmp_path / "e.json", *data],
         ):
             result = stage(*command)
             assert result.code == 0, result.err
-        losses = [[line.split(",")[:3] for line in (tmp_path / f"{i}.csv").read_text().splitlines()] for i in (1, 2, 3)]
+        losses = [[line.split(",")[:3] for line in (tmp_path / f"{i}.csv").read_text().splitlines()] for i in (1, 2, 3, 4)]
+        losses.append([v for k, v in json.loads((tmp_path / "e.json").read_text())[0].items() if k != "seconds"])
         seen.append(({k: p.read_bytes() for k, p in o.items()}, losses))
     for key in outputs:
         assert seen[0][0][key] == seen[1][0][key], key
@@ -182,10 +188,19 @@ def test_evaluate_reports_what_sacrebleu_says(made, tmp_path, stage):
 
 
 def test_ancestry_tells_every_stage(made, stage):
-    result = stage("evaluate", "-m", made / "pruned.pth", "--ancestry")
-    for name in ("prune.py", "prune_scheme_generator.py", "download_model.py"):
+    result = stage("evaluate", "-m", made / "pruned.pth", made / "tuned.npy", made / "scheme.json", "--ancestry")
+    for name in ("prune.py", "prune_scheme_generator.py", "download_model.py", "block-level_finetuning.py"):
         assert f"made by {name}" in result.out
+    assert "training text: text (sha256 " in result.out
     assert models.load(made / "origin.pth").identity in result.out
+
+
+@pytest.mark.parametrize("name", ["compose_model", "model-level_finetuning"])
+def test_composing_stages_tell_the_ancestry_of_what_they_compose(made, tmp_path, stage, name):
+    result = stage(name, "-m", made / "origin.pth", "-p", made / "tuned.npy", "-c", made / "conf.json", "--ancestry",
+                   "-o", tmp_path / "none.pth")
+    assert result.code == 0 and "made by block-level_finetuning.py" in result.out
+    assert not (tmp_path / "none.pth").exists()
 
 
 def test_plot_loss_draws_several_runs(made, tmp_path, stage):
@@ -228,8 +243,8 @@ def test_on_multi30k_exact_tuning_recovers_most_of_the_loss(tmp_path, stage):
     banks = []
     for budget in ("4G", "12M"):
         result = stage("block-level_finetuning", "-m", tmp_path / "m.pth", "-p", tmp_path / "p.npy", "-o",
-                       tmp_path / f"{budget}.npy", "--stats", tmp_path / f"{budget}.csv", "--calibration-sentences", 200,
-                       "--memory-budget", budget, *data)
+                       tmp_path / f"{budget}.npy", "--stats", tmp_path / f"{budget}.csv",
+                       "--calibration-sentences", 200, "--memory-budget", budget, *data)
         banks.append((result.err.count("statistics "), bank.load(tmp_path / f"{budget}.npy")))
     assert banks[0][0] == 1 and banks[1][0] > 5
     assert [e["sha256"] for e in banks[0][1].entries.values()] == [e["sha256"] for e in banks[1][1].entries.values()]
