@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Tune every variant of a bank once against the output of the original module (block level).
 
-Reads the original model and a pruned bank. Writes the tuned bank, statistics, and a table of all variants with
-their errors. The exact solver needs one pass of the original over some calibration text; gradient descent
-(--solver adamw) trains for epochs and also tunes q, k and v; --resume and the flags under "training" are for it.
-Errors are relative: E|y - y'|² / E|y|².
+Reads the original model and a bank. Writes the tuned bank, statistics, and a table of all variants with their
+errors. --solver exact needs one pass of the original over some calibration text. adamw trains for epochs against the
+original's outputs and also tunes q, k and v. joint takes a bank that is tuned already and trains it in random
+compositions on the translation loss, so that variants learn to work together. --resume and the flags under
+"training" are for the latter two. Errors are relative: E|y - y'|² / E|y|².
 
     python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
 """
@@ -28,8 +29,11 @@ def build_parser():
     cli.add_output(p, "finetuned_modules.npy", "bank to write")
     p.add_argument("--variants", type=Path, metavar="CSV",
                    help="table of variants: rates, errors before and after, seconds (default: STATS.variants.csv)")
-    p.add_argument("--solver", choices=("exact", "adamw"), default="exact",
-                   help="exact: least squares from the original's activations; adamw: gradient descent")
+    p.add_argument("--solver", choices=("exact", "adamw", "joint"), default="exact",
+                   help="exact: least squares from the original's activations; adamw: gradient descent; joint: "
+                        "gradient descent in composition")
+    p.add_argument("-c", "--configurations", type=Path, metavar="FILE",
+                   help="joint: draw these configurations (default: any mixture of the bank's variants)")
     g = p.add_argument_group("exact solver")
     cli.add_calibration(g)
     g.add_argument("--values", action="store_true",
@@ -61,7 +65,7 @@ def tune_exactly(args, model, opened, writer, device, calibration, valid):
     return curve.rows(passes, last), table, f"{passes:.1f} s of statistics, {solving:.1f} s of solving"
 
 
-def tune_by_gradient(args, model, opened, writer, device, train, valid, inputs):
+def tune_by_gradient(args, model, opened, writer, device, train, valid, inputs, configurations):
     """Write the variants after gradient descent; `fit` writes the statistics.
 
     Returns:
@@ -69,13 +73,19 @@ def tune_by_gradient(args, model, opened, writer, device, train, valid, inputs):
     """
     from common import distillation, models, training
 
-    objective = distillation.BlockReconstruction(models.place(model.network, device), opened, valid, device)
-    before = objective.errors(valid, device)
-    options = training.FitOptions.from_args(args, max_grad_norm=None)
+    network = models.place(model.network, device)
+    judge = distillation.BlockReconstruction(network, opened, valid, device)
+    before = judge.errors(valid, device)
+    if args.solver == "joint":
+        objective = distillation.JointTranslation(network, opened, device, configurations, args.seed)
+    else:
+        objective = judge
+    options = training.FitOptions.from_args(args, max_grad_norm=1.0 if args.solver == "joint" else None)
     hashes = {role: sha for role, (_, sha, _) in inputs.items()}
     result = training.fit(objective, train, valid, options, device=device, stats=args.stats,
                           fingerprint=training.fingerprint(args, **hashes))
-    after = objective.errors(valid, device)
+    judge.weights = objective.weights
+    after = judge.errors(valid, device)
     table = []
     for variant, b, a in zip(objective.tuned(), before, after, strict=True):
         writer.add(variant)
@@ -88,8 +98,12 @@ def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     args.variants = args.variants or args.stats.with_suffix(".variants.csv")
     cli.check_inputs(args.model, args.bank)
+    if args.configurations:
+        if args.solver != "joint":
+            raise cli.UserError("-c says what --solver joint draws; the other solvers tune each variant apart")
+        cli.check_inputs(args.configurations)
     cli.check_training(args, args.variants)
-    from common import bank, data, files, models, runtime, training
+    from common import bank, configs, data, files, models, runtime, training
     from common.provenance import provenance
 
     device = runtime.setup(args.device, args.seed, args.threads)
@@ -97,7 +111,12 @@ def main(argv=None) -> int:
     opened.check_origin(model.identity, args.model)
     inputs = {"model": (args.model, model.identity, model.provenance),
               "bank": (args.bank, opened.sha256, opened.provenance)}
-    options = None
+    configurations = options = None
+    if args.configurations:
+        configurations = configs.read_configurations(args.configurations)
+        for configuration in configurations:
+            opened.check_serves(configuration)
+        inputs["configurations"] = (args.configurations, files.digest(args.configurations.read_bytes()), {})
     with files.locked(args.output):
         train, valid = data.load_batches(args, model, args.calibration_sentences if args.solver == "exact" else None)
         inputs |= {"training text": data.text_input(args, train), "validation text": data.text_input(args, valid)}
@@ -108,7 +127,7 @@ def main(argv=None) -> int:
                 files.write_bytes(args.stats, training.statistics_csv(rows, training.COLUMNS[:5]))
             else:
                 table, summary, options = tune_by_gradient(args, model, opened, writer, device, train,
-                                                           valid, inputs)
+                                                           valid, inputs, configurations)
             files.write_bytes(args.variants, training.statistics_csv(table, VARIANT_COLUMNS))
         if options:
             training.finish(options)

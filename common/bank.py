@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from common.configs import Configuration, required_variants
-from common.files import UserError, atomic_write, brief, file_problem, parse_json, to_json
+from common.files import UserError, atomic_write, brief, file_problem, is_provenance, parse_json, to_json
 from common.modules import block_of, kind_of, members, weight_names
 
 FORMAT = "composable-pruning bank"
@@ -228,6 +228,6 @@ def load(path: Path) -> Bank:
         end += entry["bytes"]
         entries[entry["block"], tuple(float(entry["rates"][m]) for m in members(entry["block"]))] = entry
     if not entries or end != size - _TAIL - length or not all(
-            isinstance(index.get(k), str) for k in ("origin", "scheme")) or not isinstance(provenance, dict):
+            isinstance(index.get(k), str) for k in ("origin", "scheme")) or not is_provenance(provenance):
         raise foreign
     return Bank(path, array, index["origin"], index["scheme"], index.get("tuned"), provenance, entries, tail[8:].hex())

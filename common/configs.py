@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.files import UserError, brief, digest, read_json, to_json, write_json
+from common.files import UserError, brief, digest, is_provenance, read_json, to_json, write_json
 from common.modules import block_of, kind_of, members
 
 Configuration = dict[str, float]
@@ -146,4 +146,4 @@ def read_scheme(path: Path) -> tuple[Scheme, dict]:
     if content.get("digest") != scheme_digest(scheme):
         raise UserError(f"{path}: was edited after it was made; change the configuration instead and {again}")
     provenance = content.get("provenance")
-    return scheme, provenance if isinstance(provenance, dict) else {}
+    return scheme, provenance if is_provenance(provenance) else {}

@@ -1,11 +1,9 @@
 """Parallel text: find or download the splits, check and tokenise them once, batch them by length (torchtext)."""
 
 import gzip
-import hashlib
 import random
 import sys
 import zlib
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,13 +186,6 @@ class Batches:
     def __len__(self) -> int:
         """Number of sentence pairs."""
         return len(self.dataset)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of all token ids."""
-        value = hashlib.sha256()
-        for example in self.dataset.examples:
-            value.update(array("q", [len(example.source), *example.source, *example.target]).tobytes())
-        return value.hexdigest()
 
     def epoch(self, number: int | None) -> list:
         """Return the batches (lists of examples) of a training epoch, or in a fixed order for None."""

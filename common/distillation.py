@@ -1,23 +1,24 @@
-"""Block-level fine-tuning by gradient: all variants at once, against one forward pass of the frozen original."""
+"""Tune a bank by gradient: each variant against its original block, or in composition on the translation loss."""
+
+import random
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from common.bank import Bank, Variant
+from common.configs import Configuration, required_variants
 from common.data import Batches
 from common.reconstruction import run_stacks, valid_tokens
+from common.training import TranslationLoss
+
+VALIDATION_MIXTURES = 4
 
 
-class BlockReconstruction(nn.Module):
-    """Mean over all variants of the relative squared error of the block's output, as an objective for `fit`.
+class BankWeights(nn.Module):
+    """The weights of all variants of a bank as parameters, and the frozen original beside them."""
 
-    Every variant receives the input its block receives in the original model; an attention's target is the
-    attention's output, so that q, k, v and o are tuned together. ``forward`` returns (loss × tokens, tokens).
-    """
-
-    def __init__(self, network, bank: Bank, batches: Batches, device):
-        """Read all variants of a bank; one pass over ``batches`` measures each block's output power E‖y‖²."""
+    def __init__(self, network, bank: Bank, device):
         super().__init__()
         self._network = [network.eval().requires_grad_(False)]  # in a list: not a submodule, not saved, not trained
         self.variants: list[Variant] = [bank.read(key) for key in bank.entries]
@@ -26,9 +27,31 @@ class BlockReconstruction(nn.Module):
         for variant in self.variants:
             slots = {}
             for name, weight in variant.weights.items():
-                slots[name.removeprefix(variant.block + ".")] = len(self.weights), variant.masks[name].to(device)
+                slots[name] = len(self.weights), variant.masks[name].to(device)
                 self.weights.append(nn.Parameter(weight.to(device)))
             self.slots.append(slots)
+
+    def masked(self, i: int) -> dict[str, torch.Tensor]:
+        """Return variant ``i``'s weights by name, exactly zero outside the masks."""
+        return {name: torch.where(mask, self.weights[slot], 0.0) for name, (slot, mask) in self.slots[i].items()}
+
+    def tuned(self):
+        """Yield every variant with its present weights."""
+        for i, variant in enumerate(self.variants):
+            yield Variant(variant.block, variant.rates, {n: w.detach().cpu() for n, w in self.masked(i).items()},
+                          variant.masks)
+
+
+class BlockReconstruction(BankWeights):
+    """Mean over all variants of the relative squared error of the block's output, as an objective for `fit`.
+
+    Every variant receives the input its block receives in the original model; an attention's target is the
+    attention's output, so that q, k, v and o are tuned together. ``forward`` returns (loss × tokens, tokens).
+    """
+
+    def __init__(self, network, bank: Bank, batches: Batches, device):
+        """Read all variants of a bank; one pass over ``batches`` measures each block's output power E‖y‖²."""
+        super().__init__(network, bank, device)
         self.blocks = list(dict.fromkeys(v.block for v in self.variants))
         self.power = dict.fromkeys(self.blocks, 0.0)
         tokens = dict.fromkeys(self.blocks, 0)
@@ -57,16 +80,13 @@ class BlockReconstruction(nn.Module):
                 handle.remove()
         return seen
 
-    def masked(self, i: int) -> dict[str, torch.Tensor]:
-        """Return variant ``i``'s weights by their name inside the block, exactly zero outside the masks."""
-        return {name: torch.where(mask, self.weights[slot], 0.0) for name, (slot, mask) in self.slots[i].items()}
-
     def _errors(self, batch) -> list[torch.Tensor]:
         """Return each variant's relative squared error on a batch."""
         seen, errors = self._capture(batch), []
         for i, variant in enumerate(self.variants):
             args, kwargs, target = seen[variant.block]
-            output = functional_call(self._network[0].get_submodule(variant.block), self.masked(i), args, kwargs)
+            weights = {name.removeprefix(f"{variant.block}."): w for name, w in self.masked(i).items()}
+            output = functional_call(self._network[0].get_submodule(variant.block), weights, args, kwargs)
             output = output[0] if isinstance(output, tuple) else output
             valid = valid_tokens(variant.block, batch)
             errors.append((output - target)[valid].square().sum() / (self.power[variant.block] * valid.sum()))
@@ -85,8 +105,42 @@ class BlockReconstruction(nn.Module):
             total, count = total + tokens * torch.stack(self._errors(batch)).cpu(), count + tokens
         return (total / count).tolist()
 
-    def tuned(self):
-        """Yield every variant with its present weights."""
+
+class JointTranslation(BankWeights):
+    """Translation loss of randomly composed models: variants learn to work together, once for all configurations.
+
+    Every training batch composes the original with one variant of each block, drawn from the global random state
+    (which checkpoints keep); only what was drawn gets a gradient. In evaluation mode the loss is the mean over a
+    fixed set of configurations. No dropout.
+    """
+
+    def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0):
+        """Draw from ``configurations`` if given, else from all mixtures of the bank's variants."""
+        super().__init__(network, bank, device)
+        place = {variant.key: i for i, variant in enumerate(self.variants)}
+        self.blocks: dict[str, list[int]] = {}
         for i, variant in enumerate(self.variants):
-            weights = {f"{variant.block}.{name}": w.detach().cpu() for name, w in self.masked(i).items()}
-            yield Variant(variant.block, variant.rates, weights, variant.masks)
+            self.blocks.setdefault(variant.block, []).append(i)
+        self.choices = [[place[key] for key in required_variants(c).items()] for c in configurations or ()]
+        draw = random.Random(f"mixtures/{seed}")
+        self.fixed = self.choices[:VALIDATION_MIXTURES] or [
+            [draw.choice(variants) for variants in self.blocks.values()] for _ in range(VALIDATION_MIXTURES)]
+        self.loss = [TranslationLoss(network)]
+
+    def draw(self) -> list[int]:
+        """Return the variants of one random composition."""
+        def pick(options):
+            return options[int(torch.randint(len(options), (1,)))]
+
+        return pick(self.choices) if self.choices else [pick(variants) for variants in self.blocks.values()]
+
+    def composed(self, chosen: list[int], batch):
+        """Return (loss sum, tokens) of the original with the chosen variants in place."""
+        weights = {f"network.{name}": w for i in chosen for name, w in self.masked(i).items()}
+        return functional_call(self.loss[0], weights, (batch,))
+
+    def forward(self, batch):
+        if self.training:
+            return self.composed(self.draw(), batch)
+        losses = [self.composed(chosen, batch) for chosen in self.fixed]
+        return sum(loss for loss, _ in losses) / len(losses), losses[0][1]

@@ -148,6 +148,15 @@ def digest(data: bytes | str) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
+def is_provenance(value) -> bool:
+    """Tell whether a value out of a foreign file has the shape that `common.provenance.provenance` gives it."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(k, {}), dict) for k in (
+            "arguments", "versions", "inputs")) or not isinstance(value.get("stage", ""), str):
+        return False
+    return all(isinstance(entry, dict) and isinstance(entry.get("file"), str) and isinstance(entry.get("sha256"), str)
+               and is_provenance(entry.get("provenance")) for entry in value.get("inputs", {}).values())
+
+
 @contextlib.contextmanager
 def locked(path: Path):
     """Hold ``path`` (an output or a checkpoint folder) for this process alone.

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from common import masking
-from common.files import UserError, atomic_write, brief, file_problem, parse_json, read_json, to_json
+from common.files import UserError, atomic_write, brief, file_problem, is_provenance, parse_json, read_json, to_json
 from common.modules import block_of, prunable, weight_names
 
 FORMAT = "composable-pruning model"
@@ -288,7 +288,7 @@ def load(path: Path) -> Model:
         raise broken
     config, aliases, provenance = (parse_json(content[k].encode(), f"{path}: {k}")
                                    for k in ("config", "aliases", "provenance"))
-    if not all(isinstance(x, dict) for x in (config, aliases, provenance)):
+    if not isinstance(config, dict) or not isinstance(aliases, dict) or not is_provenance(provenance):
         raise broken
     network = build_network(config, str(path))
     if not all(isinstance(getattr(network.config, key), int) for key in _LIMITS if key.endswith("_token_id")):

@@ -232,7 +232,7 @@ class _Run:
     def __init__(self, objective, train, valid, options, device, stats, fingerprint, log, signals):
         self.objective, self.train, self.valid, self.options = objective, train, valid, options
         self.device, self.stats, self.log, self.signals = device, stats, log, signals
-        self.fingerprint = fingerprint | {"training text": train.digest(), "validation text": valid.digest()}
+        self.fingerprint = fingerprint | {"training text": train.sha256, "validation text": valid.sha256}
         self.optimizer = _optimizer(objective, options)
         self.trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         self.state, self.best = _State(), {}

@@ -56,7 +56,8 @@ def test_all_ten_run_without_any_argument(tmp_path, monkeypatch, capsys, kind):
 def test_two_runs_give_the_same_bytes(made, tmp_path, stage):
     data = ["--data-dir", made / "text"]
     outputs = {"model": "m.pth", "conf": "c.json", "scheme": "s.json", "bank": "p.npy", "tuned": "t.npy",
-               "composed": "c.pth", "base": "b.pth", "grad": "g.npy", "wanda": "w.npy", "final": "f.pth", "plot": "l.png"}
+               "composed": "c.pth", "base": "b.pth", "grad": "g.npy", "joint": "j.npy",
+               "wanda": "w.npy", "final": "f.pth", "plot": "l.png"}
     seen = []
     for _ in range(2):
         shutil.rmtree(tmp_path)
@@ -71,6 +72,8 @@ def test_two_runs_give_the_same_bytes(made, tmp_path, stage):
              "--stats", tmp_path / "1.csv", *data],
             ["block-level_finetuning", "-m", o["model"], "-p", o["bank"], "-o", o["grad"], "--solver", "adamw",
              "--epochs", 1, "--stats", tmp_path / "2.csv", *data],
+            ["block-level_finetuning", "-m", o["model"], "-p", o["tuned"], "-o", o["joint"], "--solver", "joint",
+             "--epochs", 1, "--stats", tmp_path / "5.csv", *data],
             ["compose_model", "-m", o["model"], "-p", o["tuned"], "-c", o["conf"], "-o", o["composed"]],
             ["baseline_finetuning", "-m", o["composed"], "-o", o["base"], "--epochs", 1, "--stats",
              tmp_path / "3.csv", *data],
@@ -82,7 +85,8 @@ def test_two_runs_give_the_same_bytes(made, tmp_path, stage):
         ):
             result = stage(*command)
             assert result.code == 0, result.err
-        losses = [[line.split(",")[:3] for line in (tmp_path / f"{i}.csv").read_text().splitlines()] for i in (1, 2, 3, 4)]
+        losses = [[line.split(",")[:3] for line in (tmp_path / f"{i}.csv").read_text().splitlines()]
+                  for i in range(1, 6)]
         losses.append([v for k, v in json.loads((tmp_path / "e.json").read_text())[0].items() if k != "seconds"])
         seen.append(({k: p.read_bytes() for k, p in o.items()}, losses))
     for key in outputs:

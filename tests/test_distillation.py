@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from common import bank, composition, models, training
+from common.configs import read_configurations
+from common.distillation import BlockReconstruction, JointTranslation
+
+
+def origin_network(made):
+    return models.load(made / "origin.pth").network
+
+
+def test_the_joint_loss_of_a_configuration_is_that_of_the_composed_model(made, text):
+    configuration = read_configurations(made / "conf.json")[1]
+    opened = bank.load(made / "tuned.npy")
+    joint = JointTranslation(origin_network(made), opened, "cpu", [configuration]).eval()
+    model = models.load(made / "origin.pth")
+    composition.compose(model, opened, configuration)
+    expected = training.evaluate(training.TranslationLoss(model.network), text[1], "cpu")
+    assert training.evaluate(joint, text[1], "cpu") == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_what_was_drawn_gets_a_gradient_and_removed_weights_none(made, text):
+    joint = JointTranslation(origin_network(made), bank.load(made / "tuned.npy"), "cpu")
+    chosen = joint.draw()
+    loss, _ = joint.composed(chosen, text[0].collate(text[0].dataset.examples[:8]))
+    loss.backward()
+    for i, slots in enumerate(joint.slots):
+        for slot, mask in slots.values():
+            gradient = joint.weights[slot].grad
+            assert (gradient is not None) == (i in chosen)
+            assert gradient is None or not gradient[~mask].any()
+    assert all(p.grad is None for p in joint._network[0].parameters())
+
+
+def test_every_variant_is_drawn(made):
+    joint = JointTranslation(origin_network(made), bank.load(made / "tuned.npy"), "cpu")
+    torch.manual_seed(0)
+    assert {i for _ in range(40) for i in joint.draw()} == set(range(28))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_joint_tuning_lowers_the_loss_of_every_configuration(made, text, tmp_path, stage, given):
+    extra = ["-c", made / "conf.json"] if given else []
+    result = stage("block-level_finetuning", "-m", made / "origin.pth", "-p", made / "tuned.npy", "-o",
+                   tmp_path / "j.npy", "--stats", tmp_path / "j.csv", "--solver", "joint", "--epochs", 2, "--lr", 3e-3,
+                   "--data-dir", made / "text", "--batch-tokens", 400, *extra)
+    assert result.code == 0, result.err
+    for configuration in read_configurations(made / "conf.json"):
+        losses = []
+        for path in (made / "tuned.npy", tmp_path / "j.npy"):
+            model = models.load(made / "origin.pth")
+            composition.compose(model, bank.load(path), configuration)
+            for name, mask in model.masks.items():
+                assert not model.network.get_parameter(name)[~mask].any()
+            losses.append(training.evaluate(training.TranslationLoss(model.network), text[1], "cpu"))
+        assert losses[1] < losses[0] - 0.05
+
+
+def test_configurations_belong_to_joint_tuning_alone(made, tmp_path, stage):
+    result = stage("block-level_finetuning", "-m", made / "origin.pth", "-p", made / "tuned.npy", "-o",
+                   tmp_path / "j.npy", "-c", made / "conf.json")
+    assert result.code == 2 and "-c says what --solver joint draws" in result.err
+
+
+def test_block_errors_are_those_of_single_sentences(made, text):
+    """The relative error of one linear variant, measured without batches or padding."""
+    network, opened = origin_network(made), bank.load(made / "pruned.npy")
+    objective = BlockReconstruction(network, opened, text[1], "cpu")
+    errors = dict(zip([v.key for v in objective.variants], objective.errors(text[1], "cpu"), strict=True))
+    key = ("encoder.block.1.layer.1.DenseReluDense.wo", (0.8,))
+    variant, rows = opened.read(key), []
+    hook = network.get_submodule(key[0]).register_forward_hook(lambda m, i, o: rows.append((i[0][0], o[0])))
+    with torch.no_grad():
+        for example in text[1].dataset.examples:
+            network.encoder(input_ids=torch.tensor([example.source]))
+    hook.remove()
+    x, y = (torch.cat(z) for z in zip(*rows, strict=True))
+    expected = (x @ variant.weights[f"{key[0]}.weight"].T - y).square().sum() / y.square().sum()
+    assert errors[key] == pytest.approx(float(expected), rel=0.02)
