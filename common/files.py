@@ -140,7 +140,7 @@ _brief.maxstring = _brief.maxother = _brief.maxlong = 80
 
 def brief(value) -> str:
     """Return ``repr(value)`` cut to about a line; the work is bounded, whatever an untrusted file made of it."""
-    return _brief.repr(value)[:200]
+    return " ".join(_brief.repr(value).split())[:200]
 
 
 def digest(data: bytes | str) -> str:

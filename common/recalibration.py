@@ -37,28 +37,32 @@ class _Text:
     encoded_valid: torch.Tensor | None = None
 
 
-class _Moments:
-    """Sums for one least-squares fit: E[x xᵀ], E[t xᵀ] and E‖t‖² over valid tokens, float64."""
+class _Fit:
+    """Least-squares fit of several linear modules that share their input: E[x xᵀ] and E[t xᵀ] over valid tokens."""
 
-    def __init__(self):
-        self.gram = self.cross = self.target = self.tokens = 0
+    def __init__(self, sweep: "_Sweep", names: list[str]):
+        self.sweep, self.names = sweep, names
+        self.gram = self.cross = self.tokens = 0
 
-    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
+    def add(self, x: torch.Tensor, targets: list[torch.Tensor]) -> None:
+        """Add rows of inputs (tokens, in) and each module's targets (tokens, out)."""
         self.gram = self.gram + (x.T @ x).double()
-        self.cross = self.cross + (target.T @ x).double()
-        self.target = self.target + float(target.double().square().sum())
+        self.cross = self.cross + (torch.cat(targets, dim=1).T @ x).double()
         self.tokens += len(x)
 
-    def fit(self, weight: torch.nn.Parameter, mask: torch.Tensor | None, damping: float, name: str) -> None:
-        """Replace ``weight`` by the best one inside the mask. Mutates weight."""
-        if mask is None:
-            mask = torch.ones_like(weight, dtype=torch.bool)
+    def solve(self) -> None:
+        """Replace the modules' weights by the best ones inside their masks. Mutates the composed model."""
+        weights = [self.sweep.composed.get_parameter(f"{name}.weight") for name in self.names]
+        masks = [self.sweep.masks.get(f"{name}.weight", torch.ones_like(w, dtype=torch.bool))
+                 for name, w in zip(self.names, weights, strict=True)]
         try:
-            solution = solve(self.gram / self.tokens, self.cross / self.tokens, weight.detach(),
-                             mask.to(weight.device), damping)
+            solution = solve(self.gram / self.tokens, self.cross / self.tokens, torch.cat(weights),
+                             torch.cat([m.to(weights[0].device) for m in masks]), self.sweep.damping)
         except ArithmeticError as problem:
-            raise UserError(f"{name}: {problem}; a larger --damping helps with nearly dependent inputs") from None
-        weight.copy_(solution.weight)
+            raise UserError(f"{self.names[0]}: {problem}; a larger --damping helps with nearly dependent "
+                            "inputs") from None
+        for weight, part in zip(weights, solution.weight.split([len(w) for w in weights]), strict=True):
+            weight.copy_(part)
 
 
 def _additive(allowed: torch.Tensor) -> torch.Tensor:
@@ -66,86 +70,82 @@ def _additive(allowed: torch.Tensor) -> torch.Tensor:
 
 
 class _Sweep:
-    """The state of one sweep; one method for each kind of layer."""
+    """The state of one sweep; one method for each kind of layer. No module runs twice for a batch."""
 
     def __init__(self, original, model: Model, damping: float):
         self.original, self.composed, self.masks, self.damping = original, model.network, model.masks, damping
 
-    def _fit(self, moments: _Moments, name: str) -> None:
-        self_mask = self.masks.get(f"{name}.weight")
-        moments.fit(self.composed.get_parameter(f"{name}.weight"), self_mask, self.damping, name)
-
     def attention(self, name: str, kind: str, text: list[_Text], biased: dict) -> None:
-        """Advance both models over an attention layer, re-fitting its out-projection. Mutates text, model."""
+        """Advance both models over an attention layer, re-fitting q, k, v and o. Mutates text and model."""
         layers = [m.get_submodule(name) for m in (self.original, self.composed)]
-        attentions = [getattr(layer, kind) for layer in layers]
-        self.projections(name, kind, layers, text)
-        moments, inputs = _Moments(), []
-        for batch in text:
-            outputs = []
-            for i, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
-                states = (batch.original, batch.composed)[i]
-                seen = []
-                hook = attention.o.register_forward_pre_hook(lambda m, x, seen=seen: seen.append(x[0]))
-                cross = {} if kind == "SelfAttention" else {"key_value_states": batch.encoded[i]}
-                mask = batch.mask if kind == "SelfAttention" else batch.encoded_mask
-                output, bias, _ = attention(layer.layer_norm(states), mask=mask,
-                                            position_bias=biased.get((i, kind, states.shape[1])), **cross)
-                hook.remove()
-                if kind == "SelfAttention":
-                    # Later layers share the first one's relative positions, which depend on the length alone.
-                    biased.setdefault((i, kind, states.shape[1]), bias)
-                outputs.append((seen[0], output))
-            target = batch.original + outputs[0][1] - batch.composed
-            batch.original = batch.original + outputs[0][1]
-            inputs.append(outputs[1][0])
-            moments.add(outputs[1][0][batch.valid], target[batch.valid])
-        self._fit(moments, f"{name}.{kind}.o")
-        for batch, x in zip(text, inputs, strict=True):
-            batch.composed = batch.composed + attentions[1].o(x)
+        original, composed = (getattr(layer, kind) for layer in layers)
+        crossed = kind == "EncDecAttention"
+        own, other = (HEAD_PARTS[:1], HEAD_PARTS[1:]) if crossed else (HEAD_PARTS, ())
+        fits = [_Fit(self, [f"{name}.{kind}.{part}" for part in parts]) for parts in (own, other) if parts]
 
-    def projections(self, name: str, kind: str, layers, text: list[_Text]) -> None:
-        """Re-fit q, k and v of the kept heads to the original's, given shifted inputs. Mutates the model."""
-        moments = {part: _Moments() for part in HEAD_PARTS}
+        def run(attention, i: int, states, batch):
+            key = i, kind, states.shape[1]
+            output, bias, _ = attention(
+                states, mask=batch.encoded_mask if crossed else batch.mask, position_bias=biased.get(key),
+                **({"key_value_states": batch.encoded[i]} if crossed else {}))
+            if not crossed:  # later layers share the first one's relative positions, which depend on the length alone
+                biased.setdefault(key, bias)
+            return output
+
+        seen = {}
+        hooks = [getattr(original, part).register_forward_hook(lambda m, x, y, part=part: seen.update({part: y}))
+                 for part in HEAD_PARTS]
         for batch in text:
-            own = [layer.layer_norm(s) for layer, s in zip(layers, (batch.original, batch.composed), strict=True)]
-            for part in HEAD_PARTS:
-                crossed = kind == "EncDecAttention" and part != "q"
-                x = batch.encoded if crossed else own
-                valid = batch.encoded_valid if crossed else batch.valid
-                target = getattr(getattr(layers[0], kind), part)(x[0][valid])
-                moments[part].add(x[1][valid], target)
-        for part in HEAD_PARTS:
-            self._fit(moments[part], f"{name}.{kind}.{part}")
+            output = run(original, 0, layers[0].layer_norm(batch.original), batch)
+            batch.original = batch.original + output
+            x = layers[1].layer_norm(batch.composed)
+            fits[0].add(x[batch.valid], [seen[part][batch.valid] for part in own])
+            if crossed:
+                valid = batch.encoded_valid
+                fits[1].add(batch.encoded[1][valid], [seen[part][valid] for part in other])
+        for handle in hooks:
+            handle.remove()
+        for fit in fits:
+            fit.solve()
+        fit, inputs, out_projection = _Fit(self, [f"{name}.{kind}.o"]), [], composed.o
+        composed.o = torch.nn.Identity()  # what it returns is then the input that o is fitted to
+        try:
+            for batch in text:
+                inputs.append(run(composed, 1, layers[1].layer_norm(batch.composed), batch))
+                fit.add(inputs[-1][batch.valid], [(batch.original - batch.composed)[batch.valid]])
+        finally:
+            composed.o = out_projection
+        fit.solve()
+        for batch, x in zip(text, inputs, strict=True):
+            batch.composed = batch.composed + composed.o(x)
 
     def feed_forward(self, name: str, text: list[_Text]) -> None:
-        """Advance both models over a feed-forward layer, re-fitting wi (wi_0, wi_1) and wo. Mutates text, model."""
+        """Advance both models over a feed-forward layer, re-fitting wi (wi_0, wi_1) and wo. Mutates text and model."""
         layers = [m.get_submodule(name) for m in (self.original, self.composed)]
-        inner = [part for part in ("wi", "wi_0", "wi_1") if hasattr(layers[1].DenseReluDense, part)]
-        moments = {part: _Moments() for part in inner}
+        original, composed = (layer.DenseReluDense for layer in layers)
+        parts = [part for part in ("wi", "wi_0", "wi_1") if hasattr(composed, part)]
+
+        def hidden(dense, projected):
+            return dense.act(projected[0]) * projected[1] if len(projected) > 1 else dense.act(projected[0])
+
+        fit = _Fit(self, [f"{name}.DenseReluDense.{part}" for part in parts])
         for batch in text:
-            x = [layer.layer_norm(s)[batch.valid] for layer, s in zip(
-                layers, (batch.original, batch.composed), strict=True)]
-            for part in inner:
-                moments[part].add(x[1], getattr(layers[0].DenseReluDense, part)(x[0]))
-        for part in inner:
-            self._fit(moments[part], f"{name}.DenseReluDense.{part}")
-        moments, inputs = _Moments(), []
-        dense = layers[1].DenseReluDense
+            states = layers[0].layer_norm(batch.original)
+            projected = [getattr(original, part)(states) for part in parts]
+            fit.add(layers[1].layer_norm(batch.composed)[batch.valid], [y[batch.valid] for y in projected])
+            batch.original = batch.original + original.wo(hidden(original, projected))
+        fit.solve()
+        fit, inputs = _Fit(self, [f"{name}.DenseReluDense.wo"]), []
         for batch in text:
-            seen = []
-            hook = dense.wo.register_forward_pre_hook(lambda m, x, seen=seen: seen.append(x[0]))
-            dense(layers[1].layer_norm(batch.composed))
-            hook.remove()
-            batch.original = layers[0](batch.original)
-            inputs.append(seen[0])
-            moments.add(seen[0][batch.valid], (batch.original - batch.composed)[batch.valid])
-        self._fit(moments, f"{name}.DenseReluDense.wo")
+            states = layers[1].layer_norm(batch.composed)
+            inputs.append(hidden(composed, [getattr(composed, part)(states) for part in parts]))
+            fit.add(inputs[-1][batch.valid], [(batch.original - batch.composed)[batch.valid]])
+        fit.solve()
         for batch, x in zip(text, inputs, strict=True):
-            batch.composed = batch.composed + dense.wo(x)
+            batch.composed = batch.composed + composed.wo(x)
 
     def stack(self, name: str, text: list[_Text]) -> None:
-        """Advance over a whole stack, its final layer norm included. Mutates text, model."""
+        """Advance over a whole stack, its final layer norm included. Mutates text and model."""
         biased: dict = {}
         for i, block in enumerate(self.composed.get_submodule(name).block):
             for j, layer in enumerate(block.layer):

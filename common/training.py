@@ -368,7 +368,7 @@ class _Run:
         content = load_sealed(self.path, "a checkpoint")
         saved = content.get("fingerprint")
         if content.get("format") != "composable-pruning checkpoint" or not isinstance(saved, dict) or not all(
-                isinstance(key, str) for key in saved):
+                isinstance(x, (str, int)) for x in (*saved, *saved.values())):
             raise UserError(f"{self.path}: is not a checkpoint of this toolkit")
         other = [f"{key}: checkpoint {brief(saved.get(key))}, now {brief(self.fingerprint.get(key))}"
                  for key in sorted(saved.keys() | self.fingerprint.keys())
@@ -379,7 +379,8 @@ class _Run:
         try:
             self._restore(content)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+            reason = reason.splitlines()[0]
             raise UserError(f"{self.path}: does not fit this run: {reason:.150}") from None
 
     def _restore(self, content: dict) -> None:
