@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common import cli
 
+LARGEST = 1e30  # matplotlib cannot divide an axis that reaches to the end of what a float holds
 NEEDED = ("epoch", "train_loss", "valid_loss", "train_seconds", "valid_seconds")
 
 
@@ -48,15 +49,17 @@ def read(path: Path) -> dict[str, list[float]]:
         raise cli.UserError(f"{path}: is not a statistics file: {str(error):.150}") from None
     if not rows or any(len(row) < 5 for row in rows):
         raise cli.UserError(f"{path}: holds no complete row of statistics")
-    bad = [i for i, row in enumerate(rows) if not all(map(math.isfinite, (row[0], row[2], row[3])))]
+    bad = [i for i, row in enumerate(rows) if not all(abs(x) < LARGEST for x in (row[0], row[2], row[3]))]
     if bad:
         raise cli.UserError(f"{path}: line {bad[0] + 2}: epoch, valid_loss and train_seconds must be finite numbers")
+    for row in rows:
+        row[1] = row[1] if abs(row[1]) < LARGEST else math.nan
     return dict(zip(NEEDED, zip(*rows, strict=True), strict=True))
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    labels = args.label or [path.stem for path in args.stats]
+    labels = [label.replace("$", r"\$") for label in args.label or [path.stem for path in args.stats]]
     if len(labels) != len(args.stats):
         raise cli.UserError(f"--label names {len(labels)} of {len(args.stats)} files")
     if args.output.suffix not in (".png", ".pdf", ".svg"):
@@ -82,7 +85,7 @@ def main(argv=None) -> int:
                       color=line.get_color(), label=f"{label}, training")
     axes.set_xlabel({"epochs": "epoch (exact solver: iteration)", "seconds": "seconds of training"}[args.x])
     axes.set_ylabel("loss")
-    axes.set_title(args.title)
+    axes.set_title(args.title.replace("$", r"\$"))  # no formula
     if args.log:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)

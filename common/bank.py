@@ -170,7 +170,8 @@ class Bank:
 def _entry_problem(entry) -> bool:
     """Tell whether an index entry is malformed; sizes are checked before anything is allocated."""
     if not (isinstance(entry, dict) and isinstance(entry.get("tensors"), dict)
-            and isinstance(entry.get("rates"), dict) and isinstance(entry.get("block"), str)):
+            and isinstance(entry.get("rates"), dict) and isinstance(entry.get("block"), str)
+            and isinstance(entry.get("sha256"), str)):
         return True
     block = entry["block"]
     if kind_of(block) is None or block_of(block) != block or set(entry["rates"]) != set(members(block)):

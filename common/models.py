@@ -194,7 +194,7 @@ def build_network(config: dict, name: str = "model"):
     try:
         parsed = Config(**config)
         for key in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
-            if (getattr(parsed, key) or 0) >= parsed.vocab_size:
+            if (getattr(parsed, key, None) or 0) >= parsed.vocab_size:
                 raise ValueError(f"{key} is not below vocab_size")
         if parsed.relative_attention_max_distance <= parsed.relative_attention_num_buckets // 2:
             raise ValueError("relative_attention_max_distance is not above half of relative_attention_num_buckets")
@@ -291,7 +291,7 @@ def load(path: Path) -> Model:
     if not isinstance(config, dict) or not isinstance(aliases, dict) or not is_provenance(provenance):
         raise broken
     network = build_network(config, str(path))
-    if not all(isinstance(getattr(network.config, key), int) for key in _LIMITS if key.endswith("_token_id")):
+    if not all(isinstance(getattr(network.config, key, None), int) for key in _LIMITS if key.endswith("_token_id")):
         raise broken
     parameters = {name: torch.nn.Parameter(t) for name, t in weights.items()}
     state = parameters | {name: parameters[of] for name, of in aliases.items() if is_text(of) and of in parameters}

@@ -24,7 +24,7 @@ from common.training import shift_right
 
 VALUE_ROUNDS = 2  # of v between fits of o; a third lowers the error by less than 2 %
 # Iterations whose errors the statistics list: dense where the error falls, sparse where it settles.
-LOGGED = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MAX_ITERATIONS)
+LOGGED = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, MAX_ITERATIONS)
 
 
 @dataclass

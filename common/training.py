@@ -368,7 +368,7 @@ class _Run:
         content = load_sealed(self.path, "a checkpoint")
         saved = content.get("fingerprint")
         if content.get("format") != "composable-pruning checkpoint" or not isinstance(saved, dict) or not all(
-                isinstance(x, (str, int)) for x in (*saved, *saved.values())):
+                isinstance(key, str) and isinstance(value, (str, int)) for key, value in saved.items()):
             raise UserError(f"{self.path}: is not a checkpoint of this toolkit")
         other = [f"{key}: checkpoint {brief(saved.get(key))}, now {brief(self.fingerprint.get(key))}"
                  for key in sorted(saved.keys() | self.fingerprint.keys())

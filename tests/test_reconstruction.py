@@ -31,7 +31,10 @@ def test_solver_equals_brute_force_least_squares_per_row(rows, inputs, rank, kee
     solution = solve(gram, target @ gram, target, mask, damping, tolerance=1e-10)
     expected = brute_force(gram, target, mask, damping)
     assert not solution.weight[~mask].any()
-    assert torch.allclose(solution.weight, expected, atol=1e-6 / damping ** 0.5 * 1e-2 + 1e-6)
+    # A relative residual of 1e-10 leaves weights uncertain by that much over the smallest eigenvalue, the damping.
+    assert torch.allclose(solution.weight, expected, atol=1e-9 / damping + 1e-6)
+    mine, best = (reconstruction.error(gram, target, w) for w in (solution.weight, expected))
+    assert mine <= best + 1e-6 * reconstruction.power(gram, target)
 
 
 def test_dead_and_constant_inputs_keep_the_original_weights():
@@ -48,6 +51,20 @@ def test_a_statistic_that_is_not_finite_is_loud():
         solve(gram, gram, torch.eye(2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_single_precision_is_guarded(scale):
+    """Inputs of very unequal size, where float32 alone does not reach the tolerance."""
+    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x * torch.logspace(0, 3, 40, dtype=torch.float64) + x[:, :1] * 300) * scale
+    gram = x.T @ x / 300
+    target = torch.randn(6, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask = torch.rand(6, 40, generator=torch.Generator().manual_seed(2)) < 0.6
+    solution = solve(gram, target @ gram, target, mask, damping=1e-9)
+    expected = brute_force(gram, target, mask, 1e-9)
+    mine, best = (reconstruction.error(gram, target, w) for w in (solution.weight, expected))
+    assert solution.residual <= 1e-3 and mine <= 1.01 * best
+
+
 def test_a_solver_stopped_too_early_is_loud():
     x = torch.randn(200, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = x * torch.logspace(0, 3, 30, dtype=torch.float64) + x[:, :1] * 50
@@ -55,7 +72,7 @@ def test_a_solver_stopped_too_early_is_loud():
     mask = torch.rand(5, 30, generator=torch.Generator().manual_seed(1)) < 0.5
     target = torch.ones(5, 30, dtype=torch.float64)
     with pytest.raises(ArithmeticError, match="after 1 iterations"):
-        solve(gram, target @ gram, target, mask, damping=1e-12, max_iterations=1)
+        solve(gram, target @ gram, target, mask, damping=1e-12, tolerance=1e-8, max_iterations=1)
 
 
 def plain_inputs(network, batches, name):
@@ -183,7 +200,7 @@ def test_fitting_values_too_lowers_the_error_of_attentions_further(made, text):
             assert not more.variant.weights[f"{plain.variant.block}.v.weight"][
                 ~more.variant.masks[f"{plain.variant.block}.v.weight"]].any()
         else:
-            assert more.after == pytest.approx(plain.after, rel=1e-6)
+            assert more.after == pytest.approx(plain.after, rel=1e-3)
 
 
 def test_lm_head_is_not_computed(made, text):
