@@ -148,19 +148,11 @@ def attention(b: Bench) -> None:
                 tuned, most, error = b.gradient(tuned, text, epochs)
                 return b.compose(tuned), seconds + more + most, error
 
-            def alternated(pruned=pruned):
-                variants, seconds = pruned()
-                tuned, more, _ = b.tune(variants, text)
-                tuned, most, _ = b.gradient(tuned, text, 4)
-                tuned, again, error = b.tune(tuned, text)
-                return b.compose(tuned), seconds + more + most + again, error
-
             at = f"{rate:.0%} of heads by {heads}: "
             b.measure("attention", at + "masked", masked)
             b.measure("attention", at + "o", fitted)
             b.measure("attention", at + "o and v", lambda fitted=fitted: fitted(values=True))
             b.measure("attention", at + "o, then q k v o by gradient", gradient)
-            b.measure("attention", at + "o, gradient, o again", alternated)
             b.measure("attention", at + "o and v, then gradient", lambda gradient=gradient: gradient(values=True))
 
 

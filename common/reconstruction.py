@@ -18,7 +18,7 @@ import torch
 from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
-from common.modules import kind_of
+from common.modules import HEAD_PARTS, kind_of
 from common.solver import MAX_ITERATIONS, solve, solve_values, spread
 from common.training import shift_right
 
@@ -266,8 +266,20 @@ class _History:
                          iterations)
 
 
+def _check_original(network, variant: Variant, parts: tuple[str, ...]) -> None:
+    """Raise `UserError` unless these projections are still the original's, on whose outputs ``o`` is fitted."""
+    for part in parts:
+        name = f"{variant.block}.{part}.weight"
+        if name in variant.weights and not torch.equal(
+                variant.weights[name], torch.where(variant.masks[name], network.get_parameter(name).cpu(), 0.0)):
+            raise UserError(f"{variant.block}: its {part} was tuned already, and the exact solver fits o to the "
+                            "original's; give the bank that prune.py wrote, or --solver adamw")
+
+
 def _fit_rows(network, block, variants, gram, check, device, damping, curve) -> Iterator[Report]:
     name = f"{block}.o.weight" if kind_of(block) == "attention" else f"{block}.weight"
+    for variant in variants:
+        _check_original(network, variant, HEAD_PARTS)
     target = network.get_parameter(name).detach()
     stacked = target.repeat(len(variants), 1)
     mask = torch.cat([v.masks[name] for v in variants]).to(device)
@@ -296,6 +308,7 @@ def _fit_attention(network, block, variants, gram, check, device, damping, curve
     target = o @ spread(v, heads)
     cross = target @ gram
     for variant in variants:
+        _check_original(network, variant, ("q", "k"))
         history = _History(block, target, gram, check)
         mask = variant.masks[f"{block}.o.weight"].to(device)
         rows = variant.masks.get(f"{block}.v.weight")

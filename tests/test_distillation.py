@@ -78,3 +78,14 @@ def test_block_errors_are_those_of_single_sentences(made, text):
     x, y = (torch.cat(z) for z in zip(*rows, strict=True))
     expected = (x @ variant.weights[f"{key[0]}.weight"].T - y).square().sum() / y.square().sum()
     assert errors[key] == pytest.approx(float(expected), rel=0.02)
+
+
+def test_the_exact_solver_refuses_heads_that_were_tuned(made, tmp_path, stage):
+    """Its statistics are those of the original's q, k and v; o fitted to them would not fit tuned ones."""
+    common = ["-m", made / "origin.pth", "--data-dir", made / "text", "--stats", tmp_path / "s.csv"]
+    assert stage("block-level_finetuning", *common, "-p", made / "tuned.npy", "-o", tmp_path / "g.npy", "--solver",
+                 "adamw", "--epochs", 1).code == 0
+    result = stage("block-level_finetuning", *common, "-p", tmp_path / "g.npy", "-o", tmp_path / "e.npy", "--overwrite")
+    assert result.code == 2 and "SelfAttention: its q was tuned already" in result.err
+    assert stage("block-level_finetuning", *common, "-p", made / "tuned.npy", "-o", tmp_path / "e.npy",
+                 "--overwrite").code == 0
