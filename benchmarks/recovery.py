@@ -208,7 +208,7 @@ def draw(b: Bench) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
     series: dict[str, list] = {}
     for name, row in b.rows["text"].items():
         label, size = name.removesuffix(" sentences").rsplit(", ", 1)
@@ -224,7 +224,7 @@ def draw(b: Bench) -> None:
         panel.set_xlabel("calibration sentences")
         panel.set_title(label, fontsize=10)
         panel.grid(alpha=0.3)
-    panels[1].legend(fontsize=7)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     with files.atomic_write(b.out / "calibration.png") as file:
         figure.savefig(file, format="png", dpi=130)
 
