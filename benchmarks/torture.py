@@ -65,11 +65,11 @@ def jobs(text: Path, epochs: float) -> list[Job]:
     tables = "out.npy", "out.csv", "out.variants.csv"
     block = "block-level_finetuning"
     return [
-        Job("baseline", "baseline_finetuning", ["-m", "../pruned.pth", *whole, *tuning(40)], None,
+        Job("baseline", "baseline_finetuning", ["-m", "../pruned.pth", *whole, *tuning(14)], None,
             ("out.pth", "out.csv")),
-        Job("block level, adamw", block, ["-p", "../pruned.npy", "--solver", "adamw", *bank, *tuning(6)], None, tables),
-        Job("block level, joint", block, ["-p", "../tuned.npy", "--solver", "joint", *bank, *tuning(10)], None, tables),
-        Job("model level", "model-level_finetuning", [*composed, *whole, *tuning(40)], None, ("out.pth", "out.csv")),
+        Job("block level, adamw", block, ["-p", "../pruned.npy", "--solver", "adamw", *bank, *tuning(4)], None, tables),
+        Job("block level, joint", block, ["-p", "../tuned.npy", "--solver", "joint", *bank, *tuning(5)], None, tables),
+        Job("model level", "model-level_finetuning", [*composed, *whole, *tuning(14)], None, ("out.pth", "out.csv")),
         Job("block level, exact", block, ["-p", "../pruned.npy", *bank, *data],
             ["-p", "../pruned.npy", *bank, *data, "--calibration-sentences", "50"], tables),
         Job("download, folder", "download_model", ["-m", "../hub", "-o", "out.pth"], ["-m", "../hub2", "-o", "out.pth"],
@@ -152,7 +152,7 @@ def kill(job: Job, folder: Path, arguments: list, times: tuple[float, float], rn
     if aimed:
         time.sleep(rng.uniform(0, 0.01))
     process.send_signal(signum)
-    code = process.wait(120)
+    code = process.wait(3600)
     if code == 0:
         return True
     job.kills[signum.name] += 1
@@ -163,7 +163,7 @@ def kill(job: Job, folder: Path, arguments: list, times: tuple[float, float], rn
 
 def finish(job: Job, folder: Path, arguments: list, expected: dict) -> None:
     """Run a stage to its end and compare."""
-    code = start(job, folder, arguments).wait(600)
+    code = start(job, folder, arguments).wait(3600)
     if code:
         job.problems.append(f"exit code {code} of a run nobody killed: {(folder / '.stderr').read_text()[-300:]}")
     compare(job, folder, expected)
@@ -202,7 +202,7 @@ def torture(job: Job, base: Path, kills: int, seed: int) -> Job:
     for kind in ("old", "new"):
         folder.mkdir()
         clock = time.perf_counter()
-        if start(job, folder, getattr(job, kind) or job.new).wait(600):
+        if start(job, folder, getattr(job, kind) or job.new).wait(3600):
             raise RuntimeError(f"{job.name}: {(folder / '.stderr').read_text()}")
         full = time.perf_counter() - clock
         reference[kind] = results(job, folder)
