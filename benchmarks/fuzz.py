@@ -6,7 +6,7 @@
 Starts from valid files of every kind (a very small T5 and what the stages make of it). Mutations: flipped bits,
 cuts, insertions, splices, swapped JSON values; where a checksum guards a file, most mutants get a valid one, so that
 the checks behind it have to work. Prints inputs, accepted and refused for each parser. Anything else, a wrong
-exception, 20 s or 4 GiB, saves the input and ends with exit code 1. About 10 minutes on one core.
+exception, 20 s or 4 GiB, saves the input and ends with exit code 1.
 """
 
 import argparse

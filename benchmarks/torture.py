@@ -9,7 +9,7 @@ Stages that train (--resume) are resumed and killed again until they finish; the
 seconds) and best epoch must equal the undisturbed run's, bit for bit. The others start with or without an old output;
 after each kill every output must be the old file or the new one, whole, and the stage run again must give the new one.
 After SIGINT and SIGTERM the exit code must be 130 and 143. Nothing but hidden temporary files and locks may lie about.
-Exit code 1 if anything differs. About 25 minutes on 2 cores.
+Exit code 1 if anything differs.
 """
 
 import argparse
