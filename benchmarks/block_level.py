@@ -13,7 +13,7 @@ All tune the same variants, three rates of every block, on the CPU. One ruler me
 variants of E|y - y'|² / E|y|², y the block's output on validation text, padding left out. Seconds are those of
 tuning: not of loading, tokenising, validating or sweeping learning rates. What a peer leaves open is decided in its
 favour and said in the output. Each part has a process, and so a peak memory, of its own. Run it on an idle machine.
-Writes block_level.json and block_level.png (block_level_report.py). About 13 minutes on 2 cores.
+Writes block_level.json and block_level.png (block_level_report.py).
 """
 
 import itertools
