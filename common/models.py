@@ -184,7 +184,7 @@ def build_network(config: dict, name: str = "model"):
         from transformers.models.t5.configuration_t5 import T5Config as Config
         from transformers.models.t5.modeling_t5 import T5ForConditionalGeneration as Network
     else:
-        raise UserError(f"{name}: is a {kind!r:.40} model; this toolkit prunes the T5 family (t5, mt5)")
+        raise UserError(f"{name}: is a {brief(kind)} model; this toolkit prunes the T5 family (t5, mt5)")
     config = {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None}
     for key, (low, high) in _LIMITS.items():
         value = config.get(key, low)
@@ -277,7 +277,7 @@ def load(path: Path) -> Model:
     content = load_sealed(path, "a model file")
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: is not a model file of this toolkit; download_model.py makes one")
-    if content.get("version") != VERSION:
+    if type(content.get("version")) is not int or content["version"] != VERSION:  # a tensor compares elementwise
         raise UserError(f"{path}: model file version {brief(content.get('version'))}, this toolkit reads {VERSION}")
     broken = UserError(f"{path}: is not a complete model file of this toolkit")
     texts = ("config", "tokenizer", "prefix", "aliases", "identity", "provenance")

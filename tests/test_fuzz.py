@@ -178,8 +178,9 @@ def test_a_weight_that_is_no_plain_tensor_is_refused(parsers, kind):
 
 
 @pytest.mark.parametrize("change", [
-    {"weights": {1: torch.zeros(2)}}, {"aliases": '{"lm_head.weight": []}'}, {"identity": "x"}, {"prefix": "\ud800"},
-    {"provenance": '{"inputs": 5}'}, {"provenance": '{"arguments": []}'}, {"config": "\ud800"}])
+    {"version": torch.zeros(3)}, {"weights": {1: torch.zeros(2)}}, {"aliases": '{"lm_head.weight": []}'},
+    {"identity": "x"}, {"prefix": "\ud800"}, {"provenance": '{"inputs": 5}'}, {"provenance": '{"arguments": []}'},
+    {"config": "\ud800"}])
 def test_odd_parts_of_a_model_file_are_refused(parsers, change):
     content = torch.load(io.BytesIO(parsers.samples["model"]), weights_only=True)
     models.save_sealed(parsers.paths["model"], content | change)
