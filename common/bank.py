@@ -43,6 +43,10 @@ class Variant:
         return self.block, self.rates
 
 
+def _rates(rates) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
+
+
 def _header(size: int) -> bytes:
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({size},), }}"
     return b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little") + \
@@ -144,8 +148,7 @@ class Bank:
             stored = data[at + bits:at + bits + 4 * kept].view("<f4")
             values[mask] = stored
             if not np.isfinite(stored).all():
-                raise UserError(f"{self.path}: {name} at {', '.join(f'{r:g}' for r in rates)} has weights that are "
-                                "not finite")
+                raise UserError(f"{self.path}: {name} at {_rates(rates)} has weights that are not finite")
             at += bits + 4 * kept
             weights[name], masks[name] = torch.from_numpy(values), torch.from_numpy(mask)
         return Variant(block, rates, weights, masks)
@@ -158,7 +161,8 @@ class Bank:
 
     def check_serves(self, configuration: Configuration) -> None:
         """Raise `UserError` naming every variant that a configuration needs and the bank lacks."""
-        missing = [f"{block} at {', '.join(f'{r:g}' for r in rates)}"
+        missing = [f"{block} at {_rates(rates)} (the bank has "
+                   f"{'; '.join(_rates(r) for b, r in self.entries if b == block) or 'none':.100})"
                    for block, rates in required_variants(configuration).items()
                    if (block, rates) not in self.entries]
         if missing:

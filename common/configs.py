@@ -1,14 +1,15 @@
 """Configurations ({module: rate}) and schemes ({block: [rates]}): generate, read, check, write."""
 
+import json
 from pathlib import Path
 
-from common.files import UserError, brief, digest, is_provenance, read_json, to_json, write_json
+from common.files import UserError, brief, digest, is_provenance, read_json, to_json, write_bytes
 from common.modules import block_of, kind_of, members
 
 Configuration = dict[str, float]
 Scheme = dict[str, list[tuple[float, ...]]]
 FORMAT = "composable-pruning scheme"
-VERSION = 1
+VERSION = 2
 
 
 def uniform(kinds: dict[str, str], attention: float, linear: float) -> Configuration:
@@ -103,18 +104,28 @@ def scheme_digest(scheme: Scheme) -> str:
 
 
 def write_scheme(path: Path, scheme: Scheme, provenance: dict) -> None:
-    """Write a scheme with its digest, by which a later edit is noticed."""
+    """Write a scheme with a digest of all its bytes, by which any later edit is noticed."""
     blocks = {block: [dict(zip(members(block), r, strict=True)) for r in rates]
               for block, rates in scheme.items()}
-    write_json(path, {"format": FORMAT, "version": VERSION, "blocks": blocks, "digest": scheme_digest(scheme),
-                      "provenance": provenance})
+    write_bytes(path, sealed({"format": FORMAT, "version": VERSION, "blocks": blocks, "provenance": provenance}))
+
+
+def sealed(content: dict) -> bytes:
+    """Return ``content`` as indented JSON whose last entry, "digest", is the SHA-256 of the text before it."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
+    return f'{text},\n  "digest": "{digest(text)}"\n}}\n'.encode()
+
+
+def _is_sealed(path: Path) -> bool:
+    text, _, end = path.read_bytes().rpartition(b',\n  "digest": "')
+    return end == f'{digest(text)}"\n}}\n'.encode()
 
 
 def read_scheme(path: Path) -> tuple[Scheme, dict]:
     """Read and check a scheme; return it and its provenance.
 
     Raises:
-        UserError: it is no scheme, or it was edited by hand.
+        UserError: it is no scheme, damaged, or it was edited by hand.
     """
     content = read_json(path)
     again = "make it anew with prune_scheme_generator.py"
@@ -143,7 +154,7 @@ def read_scheme(path: Path) -> tuple[Scheme, dict]:
     _refuse(path, problems)
     if not scheme:
         raise UserError(f"{path}: holds nothing to prune")
-    if content.get("digest") != scheme_digest(scheme):
-        raise UserError(f"{path}: was edited after it was made; change the configuration instead and {again}")
-    provenance = content.get("provenance")
-    return scheme, provenance if is_provenance(provenance) else {}
+    if not _is_sealed(path) or not is_provenance(content.get("provenance")):
+        raise UserError(f"{path}: was edited after it was made, or is damaged; change the configuration instead and "
+                        f"{again}")
+    return scheme, content["provenance"]

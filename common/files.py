@@ -158,12 +158,20 @@ def is_provenance(value) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path):
-    """Hold ``path`` (an output or a checkpoint folder) for this process alone.
+def locked(*paths: Path | None):
+    """Hold ``paths`` (outputs, a checkpoint folder) for this process alone; None is left out.
 
     Raises:
-        UserError: another process that still runs holds it. A killed process leaves no lock behind.
+        UserError: another process that still runs holds one. A killed process leaves no lock behind.
     """
+    with contextlib.ExitStack() as stack:
+        for path in filter(None, paths):
+            stack.enter_context(_locked(path))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
     name = path.with_name(f".{path.name}.lock")
     while True:
         handle = os.open(name, os.O_CREAT | os.O_RDWR, 0o644)

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import masking
+from common import files, masking
 from common.files import UserError, atomic_write, brief, file_problem, is_provenance, parse_json, read_json, to_json
 from common.modules import block_of, prunable, weight_names
 
@@ -356,6 +356,9 @@ def read_config(folder: Path) -> dict:
     tasks = config.get("task_specific_params") or {}
     if not isinstance(tasks, dict) or not all(isinstance(t, dict) for t in tasks.values()):
         raise UserError(f"{path}: task_specific_params is not {{task: {{name: value}}}}")
+    for other in folder.glob("*.json"):
+        if other.stat().st_size > files.MAX_JSON_BYTES:  # transformers reads them too, however large
+            raise UserError(f"{other}: JSON of more than {files.MAX_JSON_BYTES >> 20} MiB is not read")
     # transformers invents the weights that are missing, however many the configuration asks for.
     needed = 2 * sum(p.numel() for p in build_network(config, str(path)).parameters())  # bfloat16 is the smallest
     there = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in (".safetensors", ".bin"))

@@ -40,17 +40,21 @@ def ancestry(origin: dict, indent: str = "") -> str:
 
 
 def tell(*paths: Path) -> int:
-    """Print the ancestry of model files, banks and schemes; return the exit code 0.
+    """Print the ancestry of model files, banks, schemes and configurations; return the exit code 0.
 
     Raises:
         UserError: a file is missing, damaged or of another kind.
     """
-    from common import bank, configs, models
+    from common import bank, configs, files, models
 
     for path in paths:
         if path.suffix == ".npy":
             opened = bank.load(path)
             sha, origin = opened.sha256, opened.provenance
+        elif path.suffix == ".json" and isinstance(files.read_json(path), list):
+            count = len(configs.read_configurations(path))
+            print(f"{path} (sha256 {files.digest(path.read_bytes())})\n  {count} configurations, free to be edited")
+            continue
         elif path.suffix == ".json":
             scheme, origin = configs.read_scheme(path)
             sha = configs.scheme_digest(scheme)

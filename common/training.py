@@ -22,6 +22,7 @@ from common.models import all_plain, load_sealed, save_sealed
 from common.provenance import provenance
 
 COLUMNS = ("epoch", "train_loss", "valid_loss", "train_seconds", "valid_seconds", "step", "learning_rate")
+CHECKPOINT_VERSION = 1
 # A checkpoint is written at every validation, and in between so often that writing takes about 5 % of the time.
 _CHECKPOINT_SHARE = 0.05
 _CHECKPOINT_SECONDS = 15.0
@@ -357,7 +358,8 @@ class _Run:
         if torch.device(self.device).type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         save_sealed(self.path, {
-            "format": "composable-pruning checkpoint", "fingerprint": self.fingerprint, "state": vars(self.state),
+            "format": "composable-pruning checkpoint", "version": CHECKPOINT_VERSION,
+            "fingerprint": self.fingerprint, "state": vars(self.state),
             "weights": {n: p.detach().cpu() for n, p in self.trained.items()},
             "best": {n: p.cpu() for n, p in self.best.items()},
             "optimizer": self.optimizer.state_dict(), "rng": rng})
@@ -370,6 +372,10 @@ class _Run:
         if content.get("format") != "composable-pruning checkpoint" or not isinstance(saved, dict) or not all(
                 isinstance(key, str) and isinstance(value, (str, int)) for key, value in saved.items()):
             raise UserError(f"{self.path}: is not a checkpoint of this toolkit")
+        version = content.get("version")
+        if type(version) is not int or version != CHECKPOINT_VERSION:
+            raise UserError(f"{self.path}: checkpoint version {brief(version)}, this toolkit reads "
+                            f"{CHECKPOINT_VERSION}; start anew without --resume")
         other = [f"{key}: checkpoint {brief(saved.get(key))}, now {brief(self.fingerprint.get(key))}"
                  for key in sorted(saved.keys() | self.fingerprint.keys())
                  if saved.get(key) != self.fingerprint.get(key)]
@@ -440,7 +446,7 @@ def finetune_model(stage: str, args, model, inputs: dict) -> int:
         inputs: what it was made from, for the provenance and for --resume; the text is added. Mutated.
     """
     device = runtime.setup(args.device, args.seed, args.threads)
-    with locked(args.output):
+    with locked(args.output, args.stats):
         train, valid = load_batches(args, model)
         inputs |= {"training text": text_input(args, train), "validation text": text_input(args, valid)}
         options = FitOptions.from_args(args)
