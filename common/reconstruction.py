@@ -19,12 +19,11 @@ from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
 from common.modules import HEAD_PARTS, kind_of
-from common.solver import MAX_ITERATIONS, solve, solve_values, spread
+from common.solver import LOGGED, solve, solve_values, spread
 from common.training import shift_right
 
 VALUE_ROUNDS = 2  # of v between fits of o; a third lowers the error by less than 2 %
-# Iterations whose errors the statistics list: dense where the error falls, sparse where it settles.
-LOGGED = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, MAX_ITERATIONS)
+PANEL = 128  # columns of a Gram matrix computed at a time, from the diagonal on: half of 512 x 512 is never computed
 
 
 @dataclass
@@ -82,13 +81,14 @@ def gather(network, batches: Batches, sites: list[str], device) -> dict[str, Gra
     """
     network.eval()
     grams: dict[str, Gram] = {}
-    batch = {}
+    places = {}
 
     def add(site, x):
-        x = x[valid_tokens(site, batch)].float()
+        x = x.flatten(0, 1).index_select(0, places[site.startswith("encoder.")]).float()
         gram = grams.setdefault(site, Gram(torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=device)))
-        gram.matrix += x.T @ x
         gram.tokens += x.shape[0]
+        for i in range(0, x.shape[1], PANEL):
+            gram.matrix[i:i + PANEL, i:] += x[:, i:i + PANEL].T @ x[:, i:]
 
     def watch(site):
         module = network.get_submodule(site)
@@ -103,11 +103,15 @@ def gather(network, batches: Batches, sites: list[str], device) -> dict[str, Gra
     hooks = [watch(site) for site in sites]
     try:
         for batch in batches.fixed(device):
+            places = {side == "encoder.": valid_tokens(side, batch).flatten().nonzero()[:, 0]
+                      for side in ("encoder.", "decoder.")}
             run_stacks(network, batch)
     finally:
         for handle in hooks:
             handle.remove()
     for site, gram in grams.items():
+        for i in range(PANEL, len(gram.matrix), PANEL):
+            gram.matrix[i:, i - PANEL:i] = gram.matrix[i - PANEL:i, i:].T
         gram.matrix /= gram.tokens
         if not torch.isfinite(gram.matrix).all():
             raise UserError(f"{site}: its input is not finite for some sentence; the model overflows there")
@@ -116,7 +120,7 @@ def gather(network, batches: Batches, sites: list[str], device) -> dict[str, Gra
 
 def error(gram: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> float:
     """Return E‖(W − Ŵ)x‖² summed over outputs, for W = ``target`` and Ŵ = ``weight``, both (out, in)."""
-    difference = target.double() - weight.double()
+    difference = (target.double() - weight.double()).to(gram.dtype)
     return float(((difference @ gram) * difference).sum())
 
 
@@ -241,6 +245,7 @@ class _History:
     def __init__(self, block, target, gram, check):
         self.target, self.moments = target, (gram, check)
         self.scales = [power(m, target) for m in self.moments]
+        self.rough = [(m / scale).float() for m, scale in zip(self.moments, self.scales, strict=True)]
         if not self.scales[0] > 1e-30:
             raise UserError(f"{block}: its output is zero on all the calibration text; nothing can be fitted to it")
         self.rows, self.spent, self.began = [], 0.0, time.perf_counter()
@@ -248,10 +253,10 @@ class _History:
     def stop(self):
         self.spent += time.perf_counter() - self.began
 
-    def note(self, iteration, weights: list[torch.Tensor]):
+    def note(self, iteration, weights: list[torch.Tensor], rough=False):
         """Add a row (iteration, seconds, errors of the variants, their errors on validation text)."""
-        errors = [[error(m, self.target, w) / scale for w in weights]
-                  for m, scale in zip(self.moments, self.scales, strict=True)]
+        moments = [(m, 1.0) for m in self.rough] if rough else zip(self.moments, self.scales, strict=True)
+        errors = [[error(m, self.target, w) / scale for w in weights] for m, scale in moments]
         self.rows.append((iteration, self.spent, *errors))
 
     def start(self):
@@ -286,12 +291,11 @@ def _fit_rows(network, block, variants, gram, check, device, damping, curve) -> 
     history = _History(block, target, gram, check)
 
     def watch(iteration, weight):
-        if iteration in LOGGED:
-            history.stop()
-            history.note(iteration, weight.split(target.shape[0]))
-            history.start()
+        history.stop()
+        history.note(iteration, weight.split(target.shape[0]), rough=iteration > 0)
+        history.start()
 
-    solution = solve(gram, stacked.double() @ gram, stacked, mask, damping, watch=watch)
+    solution = solve(gram, (target.double() @ gram).repeat(len(variants), 1), stacked, mask, damping, watch=watch)
     history.stop()
     parts = solution.weight.float().split(target.shape[0])
     history.note(solution.iterations, parts)
