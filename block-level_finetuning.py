@@ -117,7 +117,7 @@ def main(argv=None) -> int:
         for configuration in configurations:
             opened.check_serves(configuration)
         inputs["configurations"] = (args.configurations, files.digest(args.configurations.read_bytes()), {})
-    with files.locked(args.output):
+    with files.locked(args.output, args.stats, args.variants):
         train, valid = data.load_batches(args, model, args.calibration_sentences if args.solver == "exact" else None)
         inputs |= {"training text": data.text_input(args, train), "validation text": data.text_input(args, valid)}
         origin = provenance("block-level_finetuning.py", args, inputs)

@@ -29,7 +29,7 @@ def main(argv=None) -> int:
     from common.provenance import provenance, tell
 
     if args.ancestry:
-        return tell(args.model, args.bank)
+        return tell(args.model, args.bank, args.configurations)
     cli.check_outputs(args.overwrite, args.output)
 
     with files.locked(args.output):

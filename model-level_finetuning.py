@@ -31,7 +31,7 @@ def main(argv=None) -> int:
     from common.provenance import tell
 
     if args.ancestry:
-        return tell(args.model, args.bank)
+        return tell(args.model, args.bank, args.configurations)
     cli.check_training(args)
 
     model, inputs = composition.from_files(args.model, args.bank, args.configurations, args.number)

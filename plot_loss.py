@@ -90,7 +90,7 @@ def main(argv=None) -> int:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
-    with files.atomic_write(args.output) as file:
+    with files.locked(args.output), files.atomic_write(args.output) as file:
         figure.savefig(file, format=args.output.suffix[1:], dpi=150)
     plt.close(figure)
     print(f"{args.output}: {len(curves)} runs drawn against {args.x}")

@@ -62,24 +62,24 @@ def main(argv=None) -> int:
     scheme_digest = configs.scheme_digest(scheme)
     origin = provenance("prune.py", args, {"model": (args.model, model.identity, model.provenance),
                                            "scheme": (args.scheme, scheme_digest, scheme_origin)})
-    with files.locked(args.output):
+    with files.locked(args.output, args.pruned_model):
         kept = weights = 0
         with bank.create(args.output, model.identity, scheme_digest, None, origin) as writer:
             for variant in variants(args, model, scheme):
                 writer.add(variant)
                 kept += sum(int(m.sum()) for m in variant.masks.values())
                 weights += sum(m.numel() for m in variant.masks.values())
-    number = sum(map(len, scheme.values()))
-    print(f"{args.output}: {number} variants of {len(scheme)} blocks, {1 - kept / weights:.1%} of their weights "
-          f"removed, {args.output.stat().st_size / 1e6:.1f} MB")
-    if args.pruned_model:
-        made = bank.load(args.output)
-        first = {block: rates[0] for block, rates in scheme.items()}
-        for key in first.items():
-            composition.install(model, made.read(key))
-        model.provenance = origin
-        models.save(args.pruned_model, model)
-        print(f"{args.pruned_model}: every block's first variant; {models.mask_report(model)}")
+        number = sum(map(len, scheme.values()))
+        print(f"{args.output}: {number} variants of {len(scheme)} blocks, {1 - kept / weights:.1%} of their weights "
+              f"removed, {args.output.stat().st_size / 1e6:.1f} MB")
+        if args.pruned_model:
+            made = bank.load(args.output)
+            first = {block: rates[0] for block, rates in scheme.items()}
+            for key in first.items():
+                composition.install(model, made.read(key))
+            model.provenance = origin
+            models.save(args.pruned_model, model)
+            print(f"{args.pruned_model}: every block's first variant; {models.mask_report(model)}")
     print(f"next: python block-level_finetuning.py -m {args.model} -p {args.output}, or compose_model.py -p "
           f"{args.output} for the untuned model")
     return 0

@@ -31,11 +31,20 @@ def run(main) -> int:
             print(f"{prog}: {shown}", file=sys.stderr)
         return code
 
-    def terminate(signum, frame):
-        raise Interrupted("terminated; the outputs that existed before are unchanged", signum)
+    ending = False  # the first signal, or the end of the work, is told; one that comes then changes nothing
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    def stop(signum, frame):
+        nonlocal ending
+        if not ending:
+            ending = True
+            word = "interrupted" if signum == signal.SIGINT else "terminated"
+            raise Interrupted(f"{word}; the outputs that existed before are unchanged", signum)
+
+    before = {}
     try:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # a shell lets its background jobs ignore Ctrl-C
+                before[signum] = signal.signal(signum, stop)
         # Arguments go into the provenance, which is UTF-8: notice a bad one before the work, not after it.
         for argument in sys.argv[1:]:
             if not _utf8(argument):
@@ -44,9 +53,8 @@ def run(main) -> int:
     except UserError as error:
         return fail(f"error: {error}", 2)
     except Interrupted as error:
+        ending = True
         return fail(str(error), 128 + error.signum)
-    except KeyboardInterrupt:
-        return fail("interrupted; the outputs that existed before are unchanged", 130)
     except BrokenPipeError:
         return 141  # the reader of our output left (`… | head`): nobody is there to complain to
     except (MemoryError, RuntimeError) as error:
@@ -59,8 +67,10 @@ def run(main) -> int:
         hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
         return fail(f"error: {where}{error.strerror or error}{hint}", 2)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        ending = True
         _drop_unread()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _utf8(text: str) -> bool:
@@ -187,7 +197,7 @@ def add_composition(p: argparse.ArgumentParser, bank: str) -> None:
     p.add_argument("-n", "--number", type=index, default=0, metavar="NTH",
                    help="which configuration, counted from 0")
     p.add_argument("--ancestry", action="store_true",
-                   help="print how model and bank were made, back to the download, and do nothing else")
+                   help="print how model, bank and configurations were made, and do nothing else")
     g = p.add_argument_group("recalibration")
     g.add_argument("--recalibrate", action="store_true",
                    help="re-fit the composed model's linear weights, layer by layer and without gradients, to the "
