@@ -2,19 +2,29 @@
 
 import contextlib
 import gzip
+import hashlib
+import io
+import json
 import os
+import random
 import resource
 import shutil
 import signal
+import struct
 import sys
+import time
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from common import data, files, models, training
+from common import bank, cli, configs, data, files, models, training
 from common.files import Interrupted, UserError
 from tests.test_errors import INPUTS, OUTPUTS, TEXT, check
 
+ARGUMENTS = {name: [a.format(**roles) for a in arguments] for name, (arguments, roles) in INPUTS.items()} | {
+    "download_model": ["-m", "hub"]}
 TRAIN = ["-m", "pruned.pth", "-o", "out.pth", "--stats", "out.csv", "--epochs", "2", "--eval-every", "2", *TEXT]
 
 
@@ -83,22 +93,190 @@ def test_an_output_folder_that_vanishes_is_named(here, stage, monkeypatch):
           "deep/out.csv: No such file or directory")
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_a_read_only_folder(here, stage, monkeypatch, name):
-    """Root may write anywhere, so the question is answered for it."""
-    arguments, roles = INPUTS[name]
-    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    check(stage(name, *[a.format(**roles) for a in arguments], "-o", f"deep/{OUTPUTS[name]}"),
-          "deep: nothing can be written there")
+def test_an_output_folder_that_vanishes_during_the_work_is_named(here, stage, monkeypatch):
+    save = models.save
+
+    def vanish(*arguments):
+        shutil.rmtree(here / "deep")
+        save(*arguments)
+
+    monkeypatch.setattr(models, "save", vanish)
+    check(stage("compose_model", *ARGUMENTS["compose_model"], "-o", "deep/out.pth"),
+          "deep/out.pth: No such file or directory")
+
+
+@pytest.fixture
+def nobody():
+    """For root no folder is read-only: be nobody for a while. Relative paths need no way there from /."""
+    if os.getuid() == 0:
+        os.setresuid(65534, 65534, 0)
+        yield
+        os.setresuid(0, 0, 0)
+    else:
+        yield
+
+
+@pytest.fixture
+def read_only(here):
+    here.chmod(0o755)
+    (here / "deep").mkdir()
+    (here / "deep").chmod(0o555)
+    return here / "deep"
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_two_runs_cannot_write_one_output(here, stage, name):
-    arguments, roles = INPUTS[name]
-    with files.locked(here / OUTPUTS[name]):
-        check(stage(name, *[a.format(**roles) for a in arguments], "-o", OUTPUTS[name]),
-              f"{OUTPUTS[name]}: another run is writing it; wait for that one or choose another output")
-    assert not (here / OUTPUTS[name]).exists()
+def test_a_read_only_folder(read_only, nobody, stage, name):
+    check(stage(name, *ARGUMENTS[name], "-o", f"deep/{OUTPUTS[name]}"), "deep: nothing can be written there")
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--stats", "deep/s.csv"), ("--checkpoint-dir", "deep/cp")])
+def test_a_read_only_folder_for_what_training_leaves(read_only, here, stage, flag, name, request):
+    here.chmod(0o777)
+    request.getfixturevalue("nobody")
+    check(stage("baseline_finetuning", *ARGUMENTS["baseline_finetuning"], "--stats", "s.csv", "-o", "o.pth", flag,
+                name), "deep")
+
+
+@pytest.mark.parametrize(("name", "flag", "output"), [
+    *[(name, "-o", output) for name, output in OUTPUTS.items()], ("download_model", "-o", "out.pth"),
+    ("evaluate", "--json", "out.json"), ("prune", "-p", "test.pth"), ("baseline_finetuning", "--stats", "s.csv"),
+    ("model-level_finetuning", "--stats", "s.csv"), ("block-level_finetuning", "--stats", "s.csv"),
+    ("block-level_finetuning", "--variants", "v.csv"), ("plot_loss", "-o", "loss.png")])
+def test_two_runs_cannot_write_one_output(here, stage, name, flag, output):
+    with files.locked(here / output):
+        check(stage(name, *ARGUMENTS[name], flag, output),
+              f"{output}: another run is writing it; wait for that one or choose another output")
+    assert not (here / output).exists()
+
+
+@pytest.mark.parametrize("name", ["baseline_finetuning", "model-level_finetuning", "block-level_finetuning"])
+def test_two_runs_cannot_share_a_checkpoint_folder(here, stage, name):
+    (here / "cp").mkdir()
+    more = ["--solver", "adamw"] if name.startswith("block") else []
+    with files.locked(here / "cp"):
+        check(stage(name, *ARGUMENTS[name], *more, "-o", "out.x", "--checkpoint-dir", "cp"),
+              "cp: another run is writing it")
+    assert not list((here / "cp").iterdir()) and not (here / "out.x").exists()
+
+
+@pytest.mark.parametrize("name", [*OUTPUTS, "evaluate", "plot_loss", "download_model"])
+def test_nothing_gets_its_name_but_by_a_rename(here, stage, monkeypatch, name):
+    def fail(old, new):
+        raise OSError(28, "No space left on device", str(new))
+
+    before = sorted(os.listdir(here))
+    monkeypatch.setattr(os, "replace", fail)
+    more = {"evaluate": ["--json", "out.json"]}.get(name) or ["-o", OUTPUTS.get(name) or "out.png"]
+    check(stage(name, *ARGUMENTS[name], *more), "No space left on device; free some space and run again")
+    assert [n for n in sorted(os.listdir(here)) if not n.endswith(".checkpoint")] == before
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls = []
+
+    def note(name):
+        original = getattr(os, name)
+
+        def noted(*arguments):
+            if name == "fsync":
+                calls.append(("fsync", os.readlink(f"/proc/self/fd/{arguments[0]}")))
+            else:
+                calls.append((name, *map(str, arguments)))
+            return original(*arguments)
+        monkeypatch.setattr(os, name, noted)
+
+    note("fsync")
+    note("replace")
+    files.write_bytes(tmp_path / "a.json", b"x")
+    temporary = calls[0][1]
+    assert calls == [("fsync", temporary), ("replace", temporary, str(tmp_path / "a.json")), ("fsync", str(tmp_path))]
+    assert os.path.dirname(temporary) == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scheme.json", "pruned.npy", "origin.pth", "checkpoint.pth"])
+def test_every_flipped_bit_is_noticed_with_the_files_name(here, stage, monkeypatch, name):
+    path = here / name
+    if name == "checkpoint.pth":
+        monkeypatch.setattr(training, "finish", lambda options: None)
+        assert stage("baseline_finetuning", *TRAIN, "--epochs", "1").code == 0
+        path = here / "out.pth.checkpoint" / name
+
+    def read():
+        if name.endswith(".npy"):
+            opened = bank.load(path)
+            return [opened.read(key) for key in opened.entries]
+        return configs.read_scheme(path) if name.endswith(".json") else models.load_sealed(path, "a file")
+
+    good, rng = path.read_bytes(), random.Random(name)
+    read()
+    for place in [0, len(good) // 2, len(good) - 1, *(rng.randrange(len(good)) for _ in range(150))]:
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << rng.randrange(8)]) + good[place + 1:])
+        with pytest.raises(UserError, match=name):
+            read()
+
+
+def bank_with(path, **changes) -> None:
+    """Give the first variant of a bank's index other sizes, with fitting checksums."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[-40:-32], "little")
+    index = json.loads(data[-40 - length:-40])
+    next(iter(index["variants"][0]["tensors"].values())).update(changes)
+    text = json.dumps(index).encode()
+    tail = text + len(text).to_bytes(8, "little")
+    whole = data[128:-40 - length] + tail + hashlib.sha256(tail).digest()
+    path.write_bytes(bank._header(len(whole)) + whole)
+
+
+@pytest.mark.parametrize("how", ["header", "index", "shape", "kept", "entry", "storage"])
+def test_a_size_beyond_the_file_is_refused_before_memory_is_taken(here, how):
+    """Each asks for a TiB or more; with 4 GiB of address space left, taking it would be a MemoryError."""
+    path = here / ("origin.pth" if how in ("entry", "storage") else "pruned.npy")
+    good = path.read_bytes()
+    if how == "header":
+        path.write_bytes(bank._header(1 << 40) + good[128:])
+    elif how == "index":
+        path.write_bytes(good[:-40] + (1 << 40).to_bytes(8, "little") + good[-32:])
+    elif how in ("shape", "kept"):
+        bank_with(path, **({"shape": [1 << 20, 1 << 20]} if how == "shape" else {"kept": 1 << 39}))
+    elif how == "entry":  # of the zip directory: the file's size unpacked
+        at = good.rindex(b"PK\x01\x02")
+        file = io.BytesIO(good[:at + 24] + b"\xfe\xff\xff\xff" + good[at + 28:-models._SEAL_BYTES - 2] + b"\0\0")
+        models._seal_file(file)
+        path.write_bytes(file.getvalue())
+    else:
+        file = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(good)) as old, zipfile.ZipFile(file, "w") as new:
+            for entry in old.infolist():
+                raw = old.read(entry)
+                new.writestr(entry.filename, raw.replace(struct.pack("<H", 300), struct.pack("<H", 65000))
+                             if entry.filename.endswith(".pkl") else raw)  # the vocabulary's size, in shapes
+        models._seal_file(file)
+        path.write_bytes(file.getvalue())
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), limits[1]))
+    try:
+        with pytest.raises(UserError, match=path.name):
+            if path.suffix == ".npy":
+                opened = bank.load(path)
+                [opened.read(key) for key in opened.entries]
+            else:
+                models.load(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_json_larger_than_the_bound_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 1 << 20)
+    (tmp_path / "c.json").write_text("[" + " " * (1 << 20) + "]")
+    with pytest.raises(UserError, match="c.json: JSON of more than 1 MiB is not read"):
+        files.read_json(tmp_path / "c.json")
+
+
+def test_large_json_beside_a_foreign_model_is_refused(here, stage, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 1 << 20)
+    (here / "hub" / "generation_config.json").write_text("{" + " " * (1 << 20) + "}")
+    check(stage("download_model", "-m", "hub", "-o", "new.pth"), "generation_config.json: JSON of more than 1 MiB")
 
 
 def test_too_little_memory_is_said_before_the_first_step(here, stage, monkeypatch):
@@ -154,6 +332,27 @@ def test_ctrl_c_with_a_pager_that_it_ended_too_still_writes_the_checkpoint(here,
     assert stage("baseline_finetuning", *TRAIN).code == 130
     path = here / "out.pth.checkpoint" / "checkpoint.pth"
     assert models.load_sealed(path, "a checkpoint")["state"]["step"] == 3
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_when_all_is_done_changes_nothing(monkeypatch, signum):
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+    monkeypatch.setattr(cli, "_drop_unread", lambda: os.kill(os.getpid(), signum))
+    assert cli.run(lambda: 0) == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_while_the_first_is_told_changes_nothing(monkeypatch, capsys, signum):
+    class Stream(io.StringIO):
+        def write(self, text):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().write(text)
+
+    stream = Stream()
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert cli.run(lambda: os.kill(os.getpid(), signum) or time.sleep(9)) == 128 + signum
+    assert stream.getvalue().endswith("ed; the outputs that existed before are unchanged\n")
 
 
 @pytest.mark.parametrize("error", [Interrupted("stop", 15), KeyboardInterrupt(), OSError(28, "full")])
