@@ -15,50 +15,52 @@ from common.models import load as load_model
 from common.modules import HEAD_PARTS, kind_of, prunable
 
 
-def prune_block(network, block: str, rates: tuple[float, ...], criterion: str = "l1", gram=None) -> Variant:
-    """Return the variant of a block at the given rates; the network is not changed.
+def prune_block(network, block: str, variants: list[tuple[float, ...]], criterion: str = "l1",
+                gram=None) -> Iterator[Variant]:
+    """Yield a block's variants at the given rates; the network is not changed.
 
     A block whose head rate is 0 has only its out-projection in the variant.
 
     Args:
+        variants: for each variant the rates of the block's members.
         criterion: ``l1`` (magnitude), ``wanda`` or ``obs`` for single weights; the latter two choose heads by the
             attention's output. See `common.masking`.
         gram: E[x xᵀ] of the block's input (for an attention, of its ``o``), for all criteria but l1.
 
     Raises:
-        UserError: the head rate would remove every head.
+        UserError: the head rate would remove every head, or the statistics defeat the criterion.
     """
     def weight(part=""):
         return network.get_parameter(f"{block}{part}.weight").detach()
 
-    choose = {"l1": lambda w, rate: masking.magnitude_mask(w, rate),
-              "wanda": lambda w, rate: masking.wanda_mask(w, rate, gram),
-              "obs": lambda w, rate: masking.obs_mask(w, rate, gram)}[criterion]
-    if kind_of(block) == "linear":
-        masks = {f"{block}.weight": choose(weight(), rates[0])}
-    else:
-        masks = {f"{block}.o.weight": choose(weight(".o"), rates[1])}
-        if rates[0]:
-            q, k, v = (weight(f".{part}") for part in HEAD_PARTS)
-            heads = network.config.num_heads
-            try:
-                if criterion == "l1":
-                    kept = masking.head_mask(masking.head_scores(q, k, v, heads), rates[0])
-                else:
-                    kept = masking.head_mask_by_output(weight(".o"), gram, heads, rates[0])
-            except UserError as error:
-                raise UserError(f"{block}: {error}") from None
-            parts = masking.attention_masks(kept, q, masks[f"{block}.o.weight"])
-            masks = {f"{block}.{part}.weight": mask for part, mask in parts.items()}
-    weights = {name: torch.where(mask, network.get_parameter(name).detach(), 0.0) for name, mask in masks.items()}
-    return Variant(block, rates, weights, masks)
+    name = "" if kind_of(block) == "linear" else ".o"
+    single = list(dict.fromkeys(rates[-1] for rates in variants))
+    try:
+        if criterion == "obs":
+            masks = masking.obs_masks(weight(name), single, gram)
+        elif criterion == "wanda":
+            masks = [masking.wanda_mask(weight(name), rate, gram) for rate in single]
+        else:
+            masks = [masking.magnitude_mask(weight(name), rate) for rate in single]
+        for rates in variants:
+            chosen = {f"{block}{name}.weight": masks[single.index(rates[-1])]}
+            if name and rates[0]:
+                q, k, v = (weight(f".{part}") for part in HEAD_PARTS)
+                heads = network.config.num_heads
+                kept = (masking.head_mask(masking.head_scores(q, k, v, heads), rates[0]) if criterion == "l1"
+                        else masking.head_mask_by_output(weight(".o"), gram, heads, rates[0]))
+                parts = masking.attention_masks(kept, q, chosen[f"{block}.o.weight"])
+                chosen = {f"{block}.{part}.weight": mask for part, mask in parts.items()}
+            weights = {n: torch.where(mask, network.get_parameter(n).detach(), 0.0) for n, mask in chosen.items()}
+            yield Variant(block, rates, weights, chosen)
+    except (UserError, ArithmeticError) as error:
+        raise UserError(f"{block}: {error}") from None
 
 
 def prune_scheme(network, scheme: Scheme) -> Iterator[Variant]:
     """Yield every variant of a scheme by l1 norm, one at a time."""
     for block, variants in scheme.items():
-        for rates in variants:
-            yield prune_block(network, block, rates)
+        yield from prune_block(network, block, variants)
 
 
 def prune_scheme_by_activations(network, scheme: Scheme, criterion: str, calibration, device,
@@ -69,8 +71,7 @@ def prune_scheme_by_activations(network, scheme: Scheme, criterion: str, calibra
         blocks.setdefault(reconstruction.input_site(block), []).append(block)
     for site, (gram,) in reconstruction.grouped(network, list(blocks), [calibration], device, budget):
         for block in blocks[site]:
-            for rates in scheme[block]:
-                yield prune_block(network, block, rates, criterion, gram)
+            yield from prune_block(network, block, scheme[block], criterion, gram)
 
 
 @torch.no_grad()

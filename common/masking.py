@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from common.files import UserError
+from common.solver import solve
+
+OBS_KEPT = 0.85  # with 0.67, 4 steps to 80 % instead of 10, a composed model's loss is 2.277 instead of 2.263
 
 
 def removed_count(rate: float, count: int) -> int:
@@ -45,16 +48,32 @@ def wanda_mask(weight: torch.Tensor, rate: float, gram: torch.Tensor) -> torch.T
     return smallest_removed(scores, removed_count(rate, weight.numel()))
 
 
-def obs_mask(weight: torch.Tensor, rate: float, gram: torch.Tensor, damping: float = 1e-2) -> torch.Tensor:
-    """Remove weights of least w² / [G⁻¹]ⱼⱼ: the error each would leave alone, its row's others re-fitted.
+def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, damping: float = 1e-2) -> list[torch.Tensor]:
+    """Remove, step by step, weights of least w² / [G⁻¹]ⱼⱼ; between two steps the others are re-fitted.
 
-    Hassibi & Stork (1993, "Optimal Brain Surgeon"), with the inverse shared by the rows as in Frantar & Alistarh
-    (2023, "SparseGPT"); ``damping`` is a fraction of G's mean diagonal, theirs too.
+    The score is the error a weight alone would leave, its row's others re-fitted: Hassibi & Stork (1993, "Optimal
+    Brain Surgeon"), with the inverse shared by the rows as in Frantar & Alistarh (2023, "SparseGPT"); ``damping`` is
+    a fraction of G's mean diagonal, theirs too. Every step leaves `OBS_KEPT` of the weights, whatever the rates, so
+    a rate's mask depends on no other rate, and all rates share the fits.
+
+    Returns:
+        A mask for each of ``rates``, in their order.
     """
     ridge = max(damping * float(gram.diagonal().mean()), 1e-30)
     a = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(a)).diagonal()
-    return smallest_removed(weight.double().square() / inverse, removed_count(rate, weight.numel()))
+    fitted = weight.double()
+    cross, mask, kept = fitted @ gram, torch.ones_like(weight, dtype=torch.bool), weight.numel()
+    masks, pending = {}, sorted(set(rates), reverse=True)
+    while pending:
+        scores = torch.where(mask, fitted.square() / inverse, -1.0)
+        kept = int(OBS_KEPT * kept)
+        while pending and weight.numel() - (removed := removed_count(pending[-1], weight.numel())) >= kept:
+            masks[pending.pop()] = smallest_removed(scores, removed)
+        if pending:
+            mask = smallest_removed(scores, weight.numel() - kept)
+            fitted = solve(gram, cross, weight, mask).weight
+    return [masks[rate] for rate in rates]
 
 
 def head_mask_by_output(o: torch.Tensor, gram: torch.Tensor, heads: int, rate: float) -> torch.Tensor:

@@ -35,7 +35,7 @@ def test_a_composed_model_equals_weights_set_by_hand(made):
 def test_a_removed_head_contributes_nothing(made):
     """The composed attention equals one computed from the kept heads alone."""
     model = models.load(made / "origin.pth")
-    variant = composition.prune_block(model.network, ATTENTION, (0.5, 0.0))
+    variant = next(composition.prune_block(model.network, ATTENTION, [(0.5, 0.0)]))
     attention = model.network.get_submodule(ATTENTION)
     kept = variant.masks[f"{ATTENTION}.q.weight"][::8, 0].nonzero().flatten().tolist()
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
@@ -60,4 +60,5 @@ def test_a_configuration_of_rates_0_is_the_original(made, origin):
 
 
 def test_only_o_is_replaced_when_no_head_is_removed(origin):
-    assert list(composition.prune_block(origin.network, ATTENTION, (0.0, 0.5)).weights) == [f"{ATTENTION}.o.weight"]
+    variant = next(composition.prune_block(origin.network, ATTENTION, [(0.0, 0.5)]))
+    assert list(variant.weights) == [f"{ATTENTION}.o.weight"]

@@ -99,11 +99,15 @@ def test_wanda_weighs_magnitude_with_the_inputs_root_mean_square():
     assert masking.wanda_mask(weight, 0.5, gram).tolist() == [[False, True], [False, True]]
 
 
-def test_obs_equals_the_error_of_removing_each_weight_alone():
+def obs_example(rows, inputs):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(100, 4, generator=g, dtype=torch.float64) @ torch.randn(4, 4, generator=g, dtype=torch.float64)
-    weight = torch.randn(2, 4, generator=g, dtype=torch.float64)
-    gram = x.T @ x / 100
+    x = torch.randn(100, inputs, generator=g, dtype=torch.float64) @ torch.randn(
+        inputs, inputs, generator=g, dtype=torch.float64)
+    return x, torch.randn(rows, inputs, generator=g, dtype=torch.float64), x.T @ x / 100
+
+
+def test_obs_equals_the_error_of_removing_each_weight_alone():
+    x, weight, gram = obs_example(2, 4)
     errors = torch.empty(2, 4)
     for i in range(2):
         for j in range(4):
@@ -111,8 +115,28 @@ def test_obs_equals_the_error_of_removing_each_weight_alone():
             y = x @ weight[i]
             fit = torch.linalg.lstsq(x[:, kept], y[:, None]).solution[:, 0]
             errors[i, j] = (y - x[:, kept] @ fit).square().mean()
-    expected = masking.smallest_removed(errors, 4)
-    assert torch.equal(masking.obs_mask(weight, 0.5, gram, damping=1e-12), expected)
+    expected = masking.smallest_removed(errors, 2)  # what the first step leaves
+    assert torch.equal(masking.obs_masks(weight, [0.25], gram, damping=1e-12)[0], expected)
+
+
+def test_obs_refits_between_its_steps():
+    x, weight, gram = obs_example(3, 10)
+    inverse = torch.linalg.inv(gram).diagonal()
+    mask, fitted = torch.ones(3, 10, dtype=torch.bool), weight.clone()
+    for kept in (25, 21, 17, 15):  # 30 × 0.85, and so on, then half
+        mask = masking.smallest_removed(torch.where(mask, fitted.square() / inverse, -1.0), 30 - kept)
+        for i in range(3):
+            fitted[i] = 0
+            fitted[i, mask[i]] = torch.linalg.lstsq(x[:, mask[i]], x @ weight[i, :, None]).solution[:, 0]
+    assert torch.equal(masking.obs_masks(weight, [0.5], gram, damping=1e-12)[0], mask)
+
+
+def test_an_obs_mask_does_not_depend_on_the_other_rates():
+    _, weight, gram = obs_example(6, 20)
+    together = masking.obs_masks(weight, [0.8, 0.1, 0.5, 0.99], gram)
+    for rate, mask in zip([0.8, 0.1, 0.5, 0.99], together, strict=True):
+        assert torch.equal(mask, masking.obs_masks(weight, [rate], gram)[0])
+        assert int((~mask).sum()) == masking.removed_count(rate, 120)
 
 
 def test_heads_by_output_remove_what_the_output_misses_least():
