@@ -68,6 +68,36 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, mask: to
     return _checked(x, used, r, b, tolerance, dim=1)
 
 
+def solve_weighted(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, mask: torch.Tensor,
+                   metric: torch.Tensor, damping: float = DAMPING, tolerance: float = TOLERANCE) -> Solution:
+    """As `solve`, but errors of the outputs weigh as in ``metric`` S: minimise E[dᵀ S d] + λ tr(ΔᵀSΔ), d = Ŵx − y.
+
+    Rows are no longer independent: an output that cannot be had exactly is made up for by others. Normal equations:
+    S (Ŵ (G + λI) − C − λW₀) = 0 within the mask.
+
+    Args:
+        metric: S, (rows, rows), symmetric positive definite.
+    """
+    start = solve(gram, cross, prior, mask, damping, tolerance)
+    unit, weight = max(float(gram.diagonal().mean()), 1e-300), (metric / metric.diagonal().mean()).double()
+    a = gram.double() / unit + damping * torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    b = torch.where(mask, weight @ (cross.double() / unit + damping * prior.double()), 0.0)
+    x, used = start.weight, start.iterations
+    for dtype in (torch.float32, torch.float64):  # the latter goes on where the former is not precise enough
+        s, g = weight.to(dtype), a.to(dtype)
+
+        def apply(p, s=s, g=g):
+            return torch.where(mask, s @ (p @ g), 0.0)
+
+        x, more = _conjugate_gradient(apply, b.to(dtype), x.to(dtype), 1 / (s.diagonal()[:, None] * g.diagonal()),
+                                      torch.sum, tolerance / 2, MAX_ITERATIONS)
+        x, used = x.double(), used + more
+        rest = b - torch.where(mask, weight @ (x @ a), 0.0)
+        if float(rest.norm()) <= tolerance * float(b.norm()):
+            break
+    return _checked(x, used, rest, b, tolerance)
+
+
 def _descend(a, b, x, mask, tolerance: float, max_iterations: int, watch=None) -> tuple[torch.Tensor, int]:
     """Solve x a = b row by row within the mask, from ``x``. Return x, iterations.
 

@@ -3,8 +3,9 @@ import torch
 
 from common import bank, composition, models, recalibration, training
 from common.configs import read_configurations
-from common.recalibration import recalibrate
+from common.recalibration import loss_metrics, recalibrate
 from common.reconstruction import run_stacks
+from common.solver import solve, solve_weighted
 
 
 def quiet(text):
@@ -79,6 +80,62 @@ def test_the_first_layers_fit_equals_plain_least_squares(made, text):
         assert residuals[0] == pytest.approx(residuals[1], rel=1e-3)
 
 
+def least_squares(rows=3, inputs=5):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, inputs, generator=g, dtype=torch.float64)
+    y, prior = torch.randn(40, rows, generator=g, dtype=torch.float64), torch.randn(rows, inputs, generator=g).double()
+    mask = torch.rand(rows, inputs, generator=g) > 0.4
+    root = torch.randn(rows, rows, generator=g, dtype=torch.float64)
+    return x.T @ x / 40, y.T @ x / 40, prior, mask, root @ root.T + torch.eye(rows)
+
+
+def test_the_weighted_fit_equals_brute_force():
+    gram, cross, prior, mask, metric = least_squares()
+    mine = solve_weighted(gram, cross, prior, mask, metric, damping=0.1, tolerance=1e-9).weight
+    ridge = 0.1 * gram.diagonal().mean()
+    system = torch.kron(metric, gram + ridge * torch.eye(5))  # of the weights row by row
+    right = (metric @ (cross + ridge * prior)).flatten()
+    kept = mask.flatten()
+    expected = torch.zeros(15, dtype=torch.float64)
+    expected[kept] = torch.linalg.solve(system[kept][:, kept], right[kept])
+    assert torch.allclose(mine.flatten(), expected, atol=1e-6)
+
+
+def test_with_an_equal_metric_the_weighted_fit_is_the_plain_one():
+    gram, cross, prior, mask, _ = least_squares()
+    plain = solve(gram, cross, prior, mask, tolerance=1e-9).weight
+    weighted = solve_weighted(gram, cross, prior, mask, 3.0 * torch.eye(3), tolerance=1e-9).weight
+    assert torch.allclose(weighted, plain, atol=1e-6) and not weighted[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["encoder.block.1.layer.1.DenseReluDense.wi",
+                                  "decoder.block.0.layer.1.EncDecAttention.k",
+                                  "decoder.block.1.layer.2.DenseReluDense.wo"])
+def test_loss_metrics_are_the_moments_of_the_outputs_gradients(made, text, name):
+    network = models.load(made / "origin.pth").network.eval()
+    metric = loss_metrics(network, text[1], "cpu")[name]
+    rows = []
+    for batch in text[1].fixed():
+        added = []  # a zero added to the output has the output's gradient
+        hook = network.get_submodule(name).register_forward_hook(
+            lambda module, inputs, y, added=added: added.append(torch.zeros_like(y, requires_grad=True)) or
+            y + added[0])
+        training.TranslationLoss(network)(batch)[0].backward()
+        hook.remove()
+        of_source = name.startswith("encoder") or name.endswith(".k")
+        rows.append(added[0].grad[batch["attention_mask"].bool() if of_source else batch["labels"] >= 0])
+    g = torch.cat(rows)
+    expected = g.T @ g
+    assert torch.allclose(metric, expected / expected.diagonal().mean() + torch.eye(len(expected)), atol=1e-4)
+
+
+def test_loss_metrics_leave_the_network_as_it_was(made, text):
+    network = models.load(made / "origin.pth").network.eval()
+    loss_metrics(network, text[1], "cpu")
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+    assert not any(m._forward_hooks for m in network.modules())
+
+
 @pytest.mark.parametrize(("name", "extra"), [
     ("compose_model", []), ("model-level_finetuning", ["--epochs", 1, "--lr", 1e-9])])
 def test_the_stages_recalibrate(made, tmp_path, stage, name, extra):
@@ -91,6 +148,15 @@ def test_the_stages_recalibrate(made, tmp_path, stage, name, extra):
     assert made_again.masks.keys() == plain.masks.keys()
     weight = "decoder.block.1.layer.2.DenseReluDense.wo.weight"
     assert not torch.equal(made_again.network.get_parameter(weight), plain.network.get_parameter(weight))
+
+
+def test_the_metric_changes_the_fit_and_keeps_masks(made, text):
+    plain, weighted = composed(made), composed(made)
+    for model, gradients in ((plain, None), (weighted, text[1])):
+        recalibrate(models.load(made / "origin.pth").network, model, text[1], "cpu", 1e-4, gradients, log=quiet)
+    weight = "decoder.block.1.layer.2.DenseReluDense.wo.weight"
+    a, b = (m.network.get_parameter(weight) for m in (plain, weighted))
+    assert not torch.allclose(a, b, atol=1e-4) and not b[~weighted.masks[weight]].any()
 
 
 def test_a_layer_whose_fit_fails_is_named(made, text, monkeypatch):
