@@ -215,6 +215,25 @@ def test_every_flipped_bit_is_noticed_with_the_files_name(here, stage, monkeypat
             read()
 
 
+@pytest.mark.parametrize(("name", "module", "number"), [
+    ("scheme.json", configs, "VERSION"), ("pruned.npy", bank, "VERSION"), ("origin.pth", models, "VERSION"),
+    ("checkpoint.pth", training, "CHECKPOINT_VERSION")])
+def test_a_file_of_another_version_is_refused_with_both(here, stage, monkeypatch, name, module, number):
+    """Files are written by a toolkit that is one version ahead."""
+    own = getattr(module, number)
+    remake = {"scheme.json": ["prune_scheme_generator", *ARGUMENTS["prune_scheme_generator"], "-o", "scheme.json"],
+              "pruned.npy": ["prune", *ARGUMENTS["prune"], "-o", "pruned.npy"],
+              "origin.pth": ["download_model", "-m", "hub", "-o", "origin.pth"],
+              "checkpoint.pth": ["baseline_finetuning", *TRAIN]}[name]
+    read = {"pruned.npy": ["block-level_finetuning", *ARGUMENTS["block-level_finetuning"]],
+            "checkpoint.pth": [*remake, "--resume"]}.get(name, ["prune", *ARGUMENTS["prune"]])
+    with monkeypatch.context() as ahead:
+        ahead.setattr(module, number, own + 1)
+        ahead.setattr(training, "finish", lambda options: None)
+        assert stage(*remake, "--overwrite").code == 0
+    check(stage(*read, "--overwrite"), f"version {own + 1}, this toolkit reads {own}", name)
+
+
 def bank_with(path, **changes) -> None:
     """Give the first variant of a bank's index other sizes, with fitting checksums."""
     data = path.read_bytes()
