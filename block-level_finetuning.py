@@ -10,6 +10,7 @@ compositions on the translation loss, so that variants learn to work together. -
     python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,8 @@ def build_parser():
     cli.add_calibration(g)
     g.add_argument("--values", action="store_true",
                    help="with heads removed, fit v of the kept ones too, in turn with o")
+    g.add_argument("--attention-steps", type=cli.index, default=0, metavar="N",
+                   help="with heads removed, take N steps of descent on q, k, v and o of the kept ones, then solve o")
     cli.add_memory_budget(g)
     cli.add_training(p, epochs=5, lr=1e-3, stats="block_stats.csv")
     cli.add_data(p)
@@ -47,13 +50,16 @@ def build_parser():
 
 def tune_exactly(args, model, opened, writer, device, calibration, valid):
     """Write the least-squares solutions; return the statistics' rows, the variants' rows and a summary."""
-    from common import models, reconstruction
+    from common import attention, models, reconstruction
 
     curve, table, solving, last = reconstruction.Curve(), [], 0.0, 0
     began = time.perf_counter()
-    for r in reconstruction.tune_exactly(models.place(model.network, device), opened, calibration, valid, device,
-                                         budget=args.memory_budget, damping=args.damping, curve=curve,
-                                         values=args.values):
+    network = models.place(model.network, device)
+    heads = attention.lost_heads(opened) if args.attention_steps else []
+    text, shared = (calibration, valid, device), {"budget": args.memory_budget, "damping": args.damping, "curve": curve}
+    exact = reconstruction.tune_exactly(network, opened, *text, **shared, values=args.values, skip=heads)
+    for r in itertools.chain(exact, attention.tune(network, opened, heads, *text, **shared,
+                                                   steps=args.attention_steps)):
         writer.add(r.variant)
         rates = " ".join(f"{rate:g}" for rate in r.variant.rates)
         table.append([r.variant.block, rates, r.before, r.after, r.valid_before, r.valid_after, round(r.seconds, 4),

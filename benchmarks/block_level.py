@@ -3,7 +3,8 @@
 
     python benchmarks/block_level.py --model origin_model.pth --data-dir data/multi30k [--out docs/results]
 
-A  exact      common.reconstruction.tune_exactly at several calibration sizes; at the largest also with v
+A  exact      common.reconstruction.tune_exactly at several calibration sizes; at the largest also followed by steps
+              on the attentions that lost heads (common.attention)
 B  gradient   common.distillation.BlockReconstruction, AdamW, on the largest of these calibration texts
 C  published  every pruned module beside its original in one pass: one AdamW over all, sum of MSE losses, 256
               sentences a batch, 20 epochs over the whole training text; a part is measured, the rest extrapolated
@@ -33,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import block_level_report as report  # noqa: E402
-from benchmarks.block_level_report import EXACT, GRADIENT, PUBLISHED, VALUES, lowest  # noqa: E402
+from benchmarks.block_level_report import EXACT, GRADIENT, PUBLISHED, STEPPED, lowest  # noqa: E402
 from common import cli  # noqa: E402
 
 # (head rate, rate of linear weights); every part tunes the first three, growth is measured on the first 1, 3 and 6.
@@ -41,6 +42,7 @@ RATES = ((0.25, 0.5), (0.5, 0.7), (0.5, 0.8), (0.125, 0.3), (0.25, 0.6), (0.375,
 TUNED, GROWTH = 3, (1, 3, 6)
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 PUBLISHED_EPOCHS, PUBLISHED_BATCH = 20, 256
+ATTENTION_STEPS = (100, 400)
 SPARSEGPT_DAMPING = (1e-2, 1e-4)  # the paper's, and ours
 
 
@@ -191,6 +193,9 @@ class Timed:
     def __init__(self, batches):
         self.batches, self.seconds = batches, 0.0
 
+    def epoch(self, number):
+        return self.batches.epoch(number)
+
     def fixed(self, device):
         began = time.perf_counter()
         yield from self.batches.fixed(device)
@@ -205,15 +210,18 @@ def note(series: list, **point) -> None:
 
 def part_a(setting: Setting) -> dict:
     """Exact solver: points; growth with the rates of statistics and solving, and of the whole stage script."""
-    from common import reconstruction, solver
+    from common import attention, reconstruction, solver
 
     args, most = setting.args, max(setting.args.sentences)
 
-    def tune(series, rates, sentences, values):
-        text = Timed(setting.calibration(sentences))
-        reports = list(reconstruction.tune_exactly(
-            setting.network, setting.bank(rates), text, setting.valid, setting.device, budget=4 << 30,
-            damping=solver.DAMPING, curve=reconstruction.Curve(), values=values, log=lambda text: None))
+    def tune(series, rates, sentences, steps=0):
+        text, bank = Timed(setting.calibration(sentences)), setting.bank(rates)
+        heads = attention.lost_heads(bank) if steps else []
+        options = {"budget": 4 << 30, "damping": solver.DAMPING, "curve": reconstruction.Curve(),
+                   "log": lambda text: None}
+        place = text, setting.valid, setting.device
+        reports = [*reconstruction.tune_exactly(setting.network, bank, *place, **options, skip=heads),
+                   *attention.tune(setting.network, bank, heads, *place, **options, steps=steps)]
         solving = sum(r.seconds for r in reports)
         masked, tuned = (summary([r.variant.block for r in reports], [getattr(r, when) for r in reports])
                          for when in ("valid_before", "valid_after"))
@@ -221,16 +229,18 @@ def part_a(setting: Setting) -> dict:
              solve_seconds=solving, **tuned, masked_error=masked["error"])
         return [r.variant for r in reports]
 
-    series, forward = {EXACT: [], VALUES: []}, {}
-    tune([], 1, min(args.sentences), False)  # warm up
+    series, forward = {EXACT: [], STEPPED: []}, {}
+    tune([], 1, min(args.sentences))  # warm up
     for sentences in sorted(args.sentences):
-        variants = tune(series[EXACT], TUNED, sentences, False)
+        variants = tune(series[EXACT], TUNED, sentences)
     forward[EXACT] = judge(setting.network, list(map(from_variant, variants)), setting.valid)["error"]
-    variants = tune(series[VALUES], TUNED, most, True)
-    forward[VALUES] = judge(setting.network, list(map(from_variant, variants)), setting.valid)["error"]
+    for steps in ATTENTION_STEPS:
+        variants = tune(series[STEPPED], TUNED, most, steps)
+        series[STEPPED][-1]["attention_steps"] = steps
+    forward[STEPPED] = judge(setting.network, list(map(from_variant, variants)), setting.valid)["error"]
     inner, stage, top = {}, {}, peak()
     for rates, _ in itertools.product(GROWTH, range(2)):
-        tune(runs := [], rates, most, False)
+        tune(runs := [], rates, most)
         inner[rates] = min(runs[0]["seconds"], inner.get(rates, math.inf))
     output = setting.folder / "tuned.npy"
     command = [sys.executable, ROOT / "block-level_finetuning.py", "-m", args.model, "-o", output, "--overwrite",

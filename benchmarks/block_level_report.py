@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-EXACT, VALUES, GRADIENT, PUBLISHED = "A exact", "A exact, v too", "B gradient", "C published"
+EXACT, STEPPED, GRADIENT, PUBLISHED = "A exact", "A exact, attention steps", "B gradient", "C published"
 
 
 def all_series(results: dict) -> dict[str, list[dict]]:
@@ -35,7 +35,7 @@ def bars(results: dict) -> list[dict]:
         lines.append({"holds": bool(holds), "text": text})
 
     series = all_series(results)
-    for label in (label for label in (EXACT, VALUES) if label in series):
+    for label in (label for label in (EXACT, STEPPED) if label in series):
         exact = series[label][-1]
         took, error = exact["seconds"], exact["error"]
         if runs := [p for name in (GRADIENT, PUBLISHED) for p in series.get(name, ())]:
@@ -79,6 +79,7 @@ def show(results: dict) -> None:
             for p in points if "sentences" in points[0] else [lowest(points)]:
                 what = f"{p['sentences']:,} sentences" if "sentences" in p else \
                     f"{p['step']:,} steps = {part['epochs'] * p['step'] / part['steps']:.2f} epochs"
+                what += f", {p['attention_steps']} steps" if "attention_steps" in p else ""
                 rows.append([f"{label}, {what}", f"{p['seconds']:.2f}", f"{p['error']:.5f}",
                              f"{p['attention_error']:.5f}", f"{p['linear_error']:.5f}", p["peak_mib"]])
     table("Seconds of tuning and relative error, mean over all variants / attentions / feed-forward",

@@ -10,7 +10,7 @@ convergence (`common.solver`).
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -184,7 +184,7 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
         module = network.get_submodule(site)
         return 8 * (module.n_heads * module.d_model if kind_of(site) == "attention" else module.in_features) ** 2
 
-    groups: list[list[str]] = [[]]
+    groups: list[list[str]] = [[]] if sites else []
     for site in sites:
         if (len(splits) + 3) * size(site) > budget:
             raise UserError(f"{site}: its statistics need {(len(splits) + 3) * size(site) / 2**20:.1f} MiB; give "
@@ -206,7 +206,8 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
 
 
 def tune_exactly(network, bank: Bank, calibration: Batches, valid: Batches, device, *, budget: int, damping: float,
-                 curve: Curve, values: bool = False, log=lambda text: print(text, file=sys.stderr)) -> Iterator[Report]:
+                 curve: Curve, values: bool = False, skip: Collection = (),
+                 log=lambda text: print(text, file=sys.stderr)) -> Iterator[Report]:
     """Yield every variant of a bank, re-fitted exactly to the original's outputs.
 
     A linear block's weights, and the out-projection of an attention with its kept heads, become the least-squares
@@ -218,10 +219,12 @@ def tune_exactly(network, bank: Bank, calibration: Batches, valid: Batches, devi
         budget: bytes that statistics may take at a time; less memory means more passes, the same result.
         curve: filled with the errors over solver iterations. Mutated.
         values: fit v of the kept heads too, in turn with ``o``.
+        skip: keys of variants that are left out.
     """
     blocks: dict[str, list] = {}
     for block, rates in bank.entries:
-        blocks.setdefault(block, []).append((block, rates))
+        if (block, rates) not in skip:
+            blocks.setdefault(block, []).append((block, rates))
     by_site: dict[str, list[str]] = {}
     for block, keys in blocks.items():
         mixed = values and kind_of(block) == "attention" and any(rates[0] for _, rates in keys)
@@ -271,7 +274,7 @@ class _History:
                          iterations)
 
 
-def _check_original(network, variant: Variant, parts: tuple[str, ...]) -> None:
+def check_original(network, variant: Variant, parts: tuple[str, ...]) -> None:
     """Raise `UserError` unless these projections are still the original's, on whose outputs ``o`` is fitted."""
     for part in parts:
         name = f"{variant.block}.{part}.weight"
@@ -284,7 +287,7 @@ def _check_original(network, variant: Variant, parts: tuple[str, ...]) -> None:
 def _fit_rows(network, block, variants, gram, check, device, damping, curve) -> Iterator[Report]:
     name = f"{block}.o.weight" if kind_of(block) == "attention" else f"{block}.weight"
     for variant in variants:
-        _check_original(network, variant, HEAD_PARTS)
+        check_original(network, variant, HEAD_PARTS)
     target = network.get_parameter(name).detach()
     stacked = target.repeat(len(variants), 1)
     mask = torch.cat([v.masks[name] for v in variants]).to(device)
@@ -312,7 +315,7 @@ def _fit_attention(network, block, variants, gram, check, device, damping, curve
     target = o @ spread(v, heads)
     cross = target @ gram
     for variant in variants:
-        _check_original(network, variant, ("q", "k"))
+        check_original(network, variant, ("q", "k"))
         history = _History(block, target, gram, check)
         mask = variant.masks[f"{block}.o.weight"].to(device)
         rows = variant.masks.get(f"{block}.v.weight")
