@@ -103,8 +103,8 @@ def show(results: dict) -> None:
   In C's favour: an attention's o is tuned inside it at its own rate, not a second time alone; removed heads are
   physically gone; lm_head is not computed. As in the published code, padding counts in its loss.""")
     if {GRADIENT, PUBLISHED} & series.keys():
-        print("  B and C tune q, k, v and o of an attention; A and D o (A also v where it says so). All get every "
-              "variant at once.")
+        print("  B and C tune q, k, v and o of an attention; A and D o alone, and A with steps also q, k, v. All "
+              "get every variant at once.")
     base = (series.get(EXACT) or [lowest(p for points in series.values() for p in points)])[-1]["error"]
     factors = (1.5, 1.2, 1.1, 1.05, 1.02, 1, 0.95, 0.9)
     steps = sorted({math.ceil(base * f * 1e4) / 1e4 for f in factors}, reverse=True)

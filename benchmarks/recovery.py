@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+from common import attention as attention_descent
 from common import bank, composition, configs, data, files, metrics, models, modules, recalibration, runtime, training
 from common import reconstruction as rec
 
@@ -52,16 +53,19 @@ class Bench:
             composition.prune_scheme_by_activations(self.network, scheme, criterion, calibration, "cpu", 4 << 30)
         return list(made), time.perf_counter() - began
 
-    def tune(self, variants, calibration, values=False) -> tuple[list, float, float]:
+    def tune(self, variants, calibration, values=False, steps=0) -> tuple[list, float, float]:
         """Return the exactly tuned variants, the seconds, and their mean relative error on validation text."""
         path = self.out / "recovery.tmp.npy"
         with bank.create(path, "", "", None, {}) as writer:
             for variant in variants:
                 writer.add(variant)
         began = time.perf_counter()
-        reports = list(rec.tune_exactly(
-            self.network, bank.load(path), calibration, self.valid, "cpu", budget=4 << 30, damping=1e-4,
-            curve=rec.Curve(), values=values, log=lambda text: None))
+        opened = bank.load(path)
+        heads = attention_descent.lost_heads(opened) if steps else []
+        text, options = (calibration, self.valid, "cpu"), {"budget": 4 << 30, "damping": 1e-4, "curve": rec.Curve(),
+                                                          "log": lambda text: None}
+        reports = [*rec.tune_exactly(self.network, opened, *text, **options, values=values, skip=heads),
+                   *attention_descent.tune(self.network, opened, heads, *text, **options, steps=steps)]
         path.unlink()
         error = sum(r.valid_after for r in reports) / len(reports)
         return [r.variant for r in reports], time.perf_counter() - began, error
@@ -137,9 +141,9 @@ def attention(b: Bench) -> None:
                 variants, seconds = pruned()
                 return b.compose(variants), seconds, None
 
-            def fitted(pruned=pruned, values=False):
+            def fitted(pruned=pruned, **options):
                 variants, seconds = pruned()
-                tuned, more, error = b.tune(variants, text, values)
+                tuned, more, error = b.tune(variants, text, **options)
                 return b.compose(tuned), seconds + more, error
 
             def gradient(pruned=pruned, values=False, epochs=4):
@@ -152,6 +156,9 @@ def attention(b: Bench) -> None:
             b.measure("attention", at + "masked", masked)
             b.measure("attention", at + "o", fitted)
             b.measure("attention", at + "o and v", lambda fitted=fitted: fitted(values=True))
+            for steps in (200, 400):
+                b.measure("attention", at + f"o, {steps} steps on q k v o",
+                          lambda fitted=fitted, steps=steps: fitted(steps=steps))
             b.measure("attention", at + "o, then q k v o by gradient", gradient)
             b.measure("attention", at + "o and v, then gradient", lambda gradient=gradient: gradient(values=True))
 
