@@ -40,7 +40,8 @@ def build_parser():
     g.add_argument("--values", action="store_true",
                    help="with heads removed, fit v of the kept ones too, in turn with o")
     g.add_argument("--attention-steps", type=cli.index, default=0, metavar="N",
-                   help="with heads removed, take N steps of descent on q, k, v and o of the kept ones, then solve o")
+                   help="with heads removed, take N steps of descent on q, k, v and o of the kept ones, then solve o "
+                        "(200 is a good number; goes beyond --values and replaces it there)")
     cli.add_memory_budget(g)
     cli.add_training(p, epochs=5, lr=1e-3, stats="block_stats.csv")
     cli.add_data(p)
