@@ -132,6 +132,7 @@ def results(job: Job, folder: Path) -> dict:
 def run_stage(stage: str, arguments: list, folder: Path) -> None:
     """Run a stage as its command line does, in a process of its own."""
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
     for stream, target in ((1, os.devnull), (2, ".stderr")):
         os.dup2(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     sys.argv = [f"{stage}.py", *arguments]
