@@ -8,6 +8,7 @@ Accelerating Very Deep Neural Networks") and Frantar & Alistarh (2023, "SparseGP
 convergence (`common.solver`).
 """
 
+import math
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -154,7 +155,7 @@ class Curve:
     def add(self, history: list[tuple[int, float, list[float], list[float]]]) -> None:
         """Add one solve: (iteration, seconds, train errors, validation errors of its variants) rows."""
         self.variants += len(history[0][2])
-        for logged in LOGGED:
+        for logged in (*LOGGED, math.inf):
             # A solve that ended earlier stays at its last error.
             _, seconds, train, valid = [row for row in history if row[0] <= logged][-1]
             self.train[logged] = self.train.get(logged, 0.0) + sum(train)
@@ -162,12 +163,16 @@ class Curve:
             self.seconds[logged] = self.seconds.get(logged, 0.0) + seconds
 
     def rows(self, gather_seconds: float, last: int) -> list[list]:
-        """Return rows for the statistics CSV, epoch = solver iteration; the first holds the passes' seconds."""
+        """Return rows for the statistics CSV, epoch = solver iteration; the first holds the passes' seconds.
+
+        The last row, at iteration ``last``, holds the final errors.
+        """
         result, before = [], 0.0
-        for i in [n for n in LOGGED if n <= last or n == LOGGED[0]]:
+        for i in [0, *(n for n in LOGGED if 0 < n < last), *([math.inf] if last else ())]:
             seconds = gather_seconds if i == 0 else self.seconds[i] - before
             before = self.seconds[i]
-            result.append([i, self.train[i] / self.variants, self.valid[i] / self.variants, round(seconds, 4), 0.0])
+            result.append([min(i, last), self.train[i] / self.variants, self.valid[i] / self.variants,
+                           round(seconds, 4), 0.0])
         return result
 
 
