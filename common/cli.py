@@ -201,7 +201,8 @@ def add_composition(p: argparse.ArgumentParser, bank: str) -> None:
     g = p.add_argument_group("recalibration")
     g.add_argument("--recalibrate", action="store_true",
                    help="re-fit the composed model's linear weights, layer by layer and without gradients, to the "
-                        "inputs they receive in it; masks stay")
+                        "inputs they receive in it; masks stay; left out where the composed model meets "
+                        "--target-loss as it is")
     g.add_argument("--metric", choices=("output", "loss"), default="output",
                    help="what the fit's errors are weighed with: output: all outputs alike; loss: the gradients of the "
                         "original's loss, better at high pruning rates for half as much time again")

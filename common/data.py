@@ -244,7 +244,13 @@ def text_input(args, batches: Batches) -> tuple[Path, str, dict]:
     return Path("demo" if args.data == "demo" else args.data_dir.name), batches.sha256, {}
 
 
+def load_valid(args, model) -> Batches:
+    """Read and tokenise the validation split that a stage's flags name."""
+    pairs = read_pairs(DataOptions.from_args(args), "val")
+    return Batches(pairs, model, args.batch_tokens, args.seed, args.source_prefix)
+
+
 def load_batches(args, model, calibration: int | None = None) -> tuple[Batches, Batches]:
     """Read and tokenise (training split, validation split); see `load_train`."""
-    valid = read_pairs(DataOptions.from_args(args), "val")
-    return load_train(args, model, calibration), Batches(valid, model, args.batch_tokens, args.seed, args.source_prefix)
+    valid = load_valid(args, model)
+    return load_train(args, model, calibration), valid

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import torch
 
 from common import models
-from common.data import Batches, load_train, text_input
+from common.data import Batches, load_train, load_valid, text_input
 from common.files import UserError
 from common.models import Model
 from common.modules import HEAD_PARTS
 from common.reconstruction import valid_tokens
 from common.solver import solve, solve_weighted
-from common.training import TranslationLoss, shift_right
+from common.training import TranslationLoss, evaluate, shift_right
 
 METRIC_SENTENCES = 250  # the gradients are taken from; with 1,000 the loss after the sweep is 0.008 lower
 
@@ -219,11 +219,20 @@ class _Sweep:
 
 
 def from_args(args, model: Model, device, inputs: dict) -> None:
-    """Recalibrate a composed model as the flags of `common.cli.add_composition` say. Mutates ``model``, ``inputs``."""
+    """Recalibrate a composed model as the flags of `common.cli.add_composition` say. Mutates ``model``, ``inputs``.
+
+    A model that meets ``args.target_loss`` as it is stays as it is.
+    """
+    models.place(model.network, device)
+    if target := getattr(args, "target_loss", None):
+        loss = evaluate(TranslationLoss(model.network), load_valid(args, model), device)
+        if loss <= target:
+            print(f"not recalibrated: the composed model's validation loss {loss:.4f} meets the target",
+                  file=sys.stderr)
+            return
     calibration = load_train(args, model, args.calibration_sentences)
     inputs["calibration text"] = text_input(args, calibration)
     original = models.place(models.load(args.model).network, device)
-    models.place(model.network, device)
     few = load_train(args, model, min(METRIC_SENTENCES, args.calibration_sentences)) if args.metric == "loss" else None
     recalibrate(original, model, calibration, device, args.damping, few)
 

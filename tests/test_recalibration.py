@@ -166,3 +166,13 @@ def test_a_layer_whose_fit_fails_is_named(made, text, monkeypatch):
     monkeypatch.setattr(recalibration, "solve", fail)
     with pytest.raises(training.UserError, match="encoder.block.0.layer.0.SelfAttention.q: no; a larger --damping"):
         recalibrate(models.load(made / "origin.pth").network, composed(made), text[1], "cpu", 1e-4, log=quiet)
+
+
+def test_a_model_that_meets_the_target_is_not_recalibrated(made, tmp_path, stage):
+    result = stage("model-level_finetuning", "-m", made / "origin.pth", "-p", made / "tuned.npy", "-c",
+                   made / "conf.json", "--data-dir", made / "text", "--recalibrate", "--target-loss", 1000, "-o",
+                   tmp_path / "r.pth", "--stats", tmp_path / "s.csv")
+    assert result.code == 0 and "not recalibrated: the composed model's validation loss" in result.err
+    plain = composed(made, 0)
+    for name, p in models.load(tmp_path / "r.pth").network.named_parameters():
+        assert torch.equal(p, plain.network.get_parameter(name)), name

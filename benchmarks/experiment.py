@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Measure what composing saves: N pruned models, each fine-tuned on its own, or composed out of one tuned bank.
+
+Drives the stages as a user would. Baseline arm: masked model -> baseline_finetuning.py. Composed arm: block level
+once -> model-level_finetuning.py --recalibrate. Same masks, optimizer, data order, validation text and interval; the
+learning rate is chosen for each arm out of one grid on a configuration that is not among the N. The first seed trains
+until the validation loss is within --first-target of the dense model's, the others until within --target. Resumable:
+what is there is not made again. Writes experiment.json (every run's loss curve), experiment.csv (a row for each
+configuration and arm) and the figures into --results.
+
+    python benchmarks/experiment.py --model origin_model.pth --data-dir data/multi30k --out out/experiment
+"""
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+TARGETS = (0.10, 0.03, 0.01)  # validation loss above the dense model's, as a fraction
+GRID = (5e-4, 1e-3, 2e-3)
+ARMS = ("baseline", "composed")
+
+
+class Experiment:
+    """Where things lie, and how stages are called."""
+
+    def __init__(self, args):
+        self.args, self.out = args, args.out
+        self.text = ["--data-dir", str(args.data_dir), "--threads", str(args.threads)]
+        self.calibration = ["--calibration-sentences", str(args.calibration_sentences)]
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def stage(self, output: Path, name: str, *arguments, resume: bool = False) -> str:
+        """Run a stage unless its output is there; return what it said, which is kept beside the output."""
+        log = output.with_suffix(output.suffix + ".log")
+        if not output.exists() or not log.exists():
+            output.unlink(missing_ok=True)
+            command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments), *["--resume"] * resume]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+            log.write_text(done.stderr + done.stdout, encoding="utf-8")
+        return log.read_text(encoding="utf-8")
+
+    def bank(self, folder: Path, *configurations) -> Path:
+        """Make configurations, scheme, pruned and tuned bank in a folder; return the folder."""
+        folder.mkdir(exist_ok=True)
+        model, conf, scheme, pruned, tuned = self.args.model, *(folder / n for n in (
+            "conf.json", "scheme.json", "pruned.npy", "tuned.npy"))
+        seed = ["--seed", folder.name.removeprefix("seed") if folder.name != "lr" else "0"]
+        self.stage(conf, "config_generator", "-m", model, "-o", conf, *seed, *configurations)
+        self.stage(scheme, "prune_scheme_generator", "-i", conf, "-o", scheme)
+        self.stage(pruned, "prune", "-m", model, "-c", scheme, "-o", pruned, "--criterion", self.args.criterion,
+                   *seed, *self.text)
+        self.stage(tuned, "block-level_finetuning", "-m", model, "-p", pruned, "-o", tuned, "--stats",
+                   folder / "block.csv", *seed, *self.text, *self.calibration)
+        return folder
+
+    def train(self, folder: Path, arm: str, n: int, lr: float, target: float | None, tag: str = "") -> dict:
+        """Train one configuration in one arm; return its curve and what it cost before the first step."""
+        output = folder / f"{arm}_{n}{tag}.pth"
+        stats, seed = output.with_suffix(".csv"), folder.name.removeprefix("seed") if folder.name != "lr" else "0"
+        flags = ["-o", output, "--stats", stats, "--lr", lr, "--epochs", 1, "--eval-every", self.args.eval_every,
+                 "--max-train-sentences", self.args.max_train_sentences, "--seed", seed, *self.text]
+        flags += ["--target-loss", target] if target else []
+        chosen = ["-m", self.args.model, "-c", folder / "conf.json", "-n", n]
+        if arm == "baseline":
+            masked = folder / f"masked_{n}.pth"
+            self.stage(masked, "compose_model", *chosen, "-p", folder / "pruned.npy", "-o", masked)
+            said = self.stage(output, "baseline_finetuning", "-m", masked, *flags, resume=True)
+        else:
+            said = self.stage(output, "model-level_finetuning", *chosen, "-p", folder / "tuned.npy", "--recalibrate",
+                              "--metric", "loss", *self.calibration, *flags, resume=True)
+        found = re.search(r"recalibrated on .* in ([\d.]+) s", said)
+        with open(stats, newline="") as file:
+            rows = [{k: float(row[k]) for k in ("step", "valid_loss", "train_seconds", "valid_seconds")}
+                    for row in csv.DictReader(file)]
+        return {"arm": arm, "configuration": n, "lr": lr, "setup_seconds": float(found[1]) if found else 0.0,
+                "steps": [int(r["step"]) for r in rows], "loss": [r["valid_loss"] for r in rows],
+                "seconds": [round(sum(r["train_seconds"] for r in rows[:i + 1]), 3) for i in range(len(rows))],
+                "validation_seconds": round(sum(r["valid_seconds"] for r in rows), 2)}
+
+    def evaluate(self, folder: Path, models: list[Path]) -> dict[str, dict]:
+        """Return scores by file name."""
+        scores = folder / "scores.json"
+        self.stage(scores, "evaluate", "-m", *models, "--json", scores, "--examples", 1, "--overwrite", *self.text)
+        keys = ("bleu", "chrf", "validation_loss", "parameters", "zeros")
+        return {Path(row["model"]).stem: {k: row[k] for k in keys}
+                for row in json.loads(scores.read_text(encoding="utf-8"))}
+
+
+def run(args) -> dict:
+    """Run what is not there yet; return everything measured."""
+    e = Experiment(args)
+    dense = e.evaluate(e.out, [args.model])[args.model.stem]
+    limits = [dense["validation_loss"] * (1 + t) for t in (args.first_target, args.target)]
+    lr_folder = e.bank(e.out / "lr", "--attention", 0.375, "--linear", 0.65)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        grid = list(pool.map(lambda job: e.train(lr_folder, job[0], 0, job[1], None, f"_{job[1]:g}"),
+                             [(arm, lr) for lr in GRID for arm in ARMS]))
+        # The mean over the curve, for sooner is what counts; the start is the same for all.
+        lrs = {arm: min((sum(r["loss"]) / len(r["loss"]), r["lr"]) for r in grid if r["arm"] == arm)[1]
+               for arm in ARMS}
+        print("learning rates: " + ", ".join(f"{arm} {lr:g}" for arm, lr in lrs.items()), flush=True)
+        result = {"dense": dense, "targets": TARGETS, "grid": grid, "lr": lrs, "seeds": [],
+                  "settings": {k: getattr(args, k) for k in (
+                      "jobs", "threads", "criterion", "calibration_sentences", "eval_every", "max_train_sentences",
+                      "configurations", "first_target", "target")}}
+        for seed in range(args.seeds):
+            uniform = (args.configurations + 1) // 2
+            folder = e.bank(e.out / f"seed{seed}", "-n", uniform, "--mixed", args.configurations - uniform)
+            jobs = [(arm, n) for n in range(args.configurations) for arm in ARMS]
+            runs = list(pool.map(lambda job, f=folder, s=seed: e.train(f, job[0], job[1], lrs[job[0]], limits[s > 0]),
+                                 jobs))
+            scores = e.evaluate(folder, [folder / f"{arm}_{n}.pth" for arm, n in jobs])
+            with open(folder / "block.csv", newline="") as file:
+                block = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
+            for r in runs:
+                r |= scores[f"{r['arm']}_{r['configuration']}"]
+            configurations = json.loads((folder / "conf.json").read_text(encoding="utf-8"))
+            result["seeds"].append({"seed": seed, "block_seconds": round(block, 2), "runs": runs, "rates": [
+                [round(sum(v for k, v in c.items() if k.endswith("Attention") == heads) / max(1, sum(
+                    k.endswith("Attention") == heads for k in c)), 3) for heads in (True, False)]
+                for c in configurations]})
+            print(f"seed {seed}: {len(runs)} runs", flush=True)
+    return result
+
+
+def main(argv=None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", type=Path, default=Path("origin_model.pth"), metavar="MODEL", help="dense model file")
+    p.add_argument("--data-dir", type=Path, default=Path("data/multi30k"), metavar="DIR")
+    p.add_argument("--out", type=Path, default=Path("out/experiment"), metavar="DIR", help="where models go")
+    p.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR", help="where results go")
+    p.add_argument("--configurations", type=int, default=16, metavar="N", help="half uniform, half mixed (default: 16)")
+    p.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions: calibration text, mixtures, data "
+                   "order (default: 3)")
+    p.add_argument("--criterion", default="obs", help="masks of both arms (default: obs)")
+    p.add_argument("--first-target", type=float, default=0.03, metavar="X", help="the first seed stops when the "
+                   "validation loss is so far above the dense model's, as a fraction (default: 0.03)")
+    p.add_argument("--target", type=float, default=0.10, metavar="X", help="the other seeds stop there (default: 0.1)")
+    p.add_argument("--calibration-sentences", type=int, default=500, metavar="N", help="of block level and "
+                   "recalibration (default: 500)")
+    p.add_argument("--max-train-sentences", type=int, default=20000, metavar="N", help="one epoch over so many pairs "
+                   "is the longest training (default: 20000)")
+    p.add_argument("--eval-every", type=int, default=10, metavar="STEPS")
+    p.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at once (default: 2)")
+    p.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default: 1)")
+    p.add_argument("--report", action="store_true", help="only draw and print what experiment.json holds")
+    args = p.parse_args(argv)
+    from benchmarks import experiment_report
+
+    path = args.results / "experiment.json"
+    if not args.report:
+        result = run(args)
+        args.results.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    experiment_report.report(json.loads(path.read_text(encoding="utf-8")), args.results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

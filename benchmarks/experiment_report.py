@@ -1,0 +1,152 @@
+"""Tables and figures of the composability experiment, from what benchmarks/experiment.py measured."""
+
+import csv
+from pathlib import Path
+
+ARMS = ("baseline", "composed")
+
+
+def reached(run: dict, limit: float) -> tuple[int, float] | None:
+    """Return (steps, seconds with what came before the first step) until a loss, or None if it was not reached."""
+    for step, seconds, loss in zip(run["steps"], run["seconds"], run["loss"], strict=True):
+        if loss <= limit:
+            return step, round(seconds + run["setup_seconds"], 2)
+    return None
+
+
+def spent(run: dict, limit: float) -> float:
+    """Return the seconds until a loss, or all of the run's if it never got there."""
+    found = reached(run, limit)
+    return found[1] if found else run["seconds"][-1] + run["setup_seconds"]
+
+
+def by_arm(seed: dict) -> dict[str, list[dict]]:
+    """Return a seed's runs by arm, in the order of the configurations."""
+    return {arm: sorted((r for r in seed["runs"] if r["arm"] == arm), key=lambda r: r["configuration"])
+            for arm in ARMS}
+
+
+def total(seed: dict, limit: float) -> dict:
+    """Return what both arms took for all configurations of a seed together, seconds."""
+    runs = by_arm(seed)
+    baseline, composed = (sum(spent(r, limit) for r in runs[arm]) for arm in ARMS)
+    n = len(runs["baseline"])
+    saved = (baseline - composed) / n
+    return {"n": n, "baseline": baseline, "composed": composed + seed["block_seconds"],
+            "speedup": baseline / (composed + seed["block_seconds"]),
+            "reached": {arm: sum(reached(r, limit) is not None for r in runs[arm]) for arm in ARMS},
+            "untrained": sum((reached(r, limit) or (1,))[0] == 0 for r in runs["composed"]),
+            "slower": sum(spent(c, limit) > spent(b, limit) for b, c in zip(runs["baseline"], runs["composed"],
+                                                                              strict=True)),
+            "at": {k: k * baseline / (k * composed + n * seed["block_seconds"]) for k in (1, 4, 16, 100, 1000)},
+            "break_even": seed["block_seconds"] / saved if saved > 0 else None}
+
+
+def table(result: dict, path: Path) -> None:
+    """Write a row for each configuration and arm."""
+    dense = result["dense"]["validation_loss"]
+    limits = {f"{t:.0%}": dense * (1 + t) for t in result["targets"]}
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["seed", "configuration", "mean_head_rate", "mean_linear_rate", "sparsity", "arm", "start_loss",
+                         "best_loss", "bleu", "chrf", "setup_seconds", "train_seconds", "steps",
+                         *(f"{what}_to_{name}" for name in limits for what in ("steps", "seconds"))])
+        for seed in result["seeds"]:
+            for r in sorted(seed["runs"], key=lambda r: (r["configuration"], r["arm"])):
+                times = [x for limit in limits.values() for x in reached(r, limit) or ["not reached"] * 2]
+                writer.writerow([seed["seed"], r["configuration"], *seed["rates"][r["configuration"]],
+                                 round(r["zeros"] / r["parameters"], 4), r["arm"], round(r["loss"][0], 4),
+                                 round(min(r["loss"]), 4), round(r["bleu"], 2), round(r["chrf"], 2),
+                                 r["setup_seconds"], r["seconds"][-1], r["steps"][-1], *times])
+
+
+def equal_time(seed: dict) -> list[tuple[int, float, float]]:
+    """Return (configuration, baseline's loss, composed arm's loss) after the same seconds: the shorter run's."""
+    rows = []
+    runs = by_arm(seed)
+    for b, c in zip(runs["baseline"], runs["composed"], strict=True):
+        end = min(x["seconds"][-1] + x["setup_seconds"] for x in (b, c))
+        best = [min([loss for s, loss in zip(x["seconds"], x["loss"], strict=True) if s + x["setup_seconds"] <= end]
+                    or [x["loss"][0]]) for x in (b, c)]
+        rows.append((b["configuration"], *best))
+    return rows
+
+
+def report(result: dict, folder: Path) -> None:
+    """Print the tables and write experiment.csv and the figures."""
+    dense = result["dense"]["validation_loss"]
+    table(result, folder / "experiment.csv")
+    print(f"dense: validation loss {dense:.4f}, BLEU {result['dense']['bleu']:.1f}; learning rates {result['lr']}")
+    print("\n| seed | target | reached: baseline, composed | baseline s | composed s | speed-up | for 100 "
+          "| break-even N | no training | composed slower |\n|---|---|---|---|---|---|---|---|---|---|")
+    for seed in result["seeds"]:
+        for t in result["targets"]:
+            x = total(seed, dense * (1 + t))
+            even = "never" if x["break_even"] is None else f"{x['break_even']:.1f}"
+            print(f"| {seed['seed']} | {t:.0%} | {x['reached']['baseline']}, {x['reached']['composed']} of {x['n']} | "
+                  f"{x['baseline']:.0f} | {x['composed']:.0f} | {x['speedup']:.2f} | {x['at'][100]:.2f} | {even} | "
+                  f"{x['untrained']} | {x['slower']} |")
+    first = result["seeds"][0]
+    print("\n| configuration | heads, linear | start: masked, composed | s to 10 %: baseline, composed | to 3 % "
+          "| BLEU | loss after equal time |\n|---|---|---|---|---|---|---|")
+    for (n, *after), b, c in zip(equal_time(first), *by_arm(first).values(), strict=True):
+        times = [", ".join(f"{x[1]:.1f}" if (x := reached(r, dense * (1 + t))) else "–" for r in (b, c))
+                 for t in (0.1, 0.03)]
+        heads, linear = first["rates"][n]
+        print(f"| {n} | {heads:.2f}, {linear:.2f} | {b['loss'][0]:.3f}, {c['loss'][0]:.3f} | {times[0]} | {times[1]} | "
+              f"{b['bleu']:.1f}, {c['bleu']:.1f} | {after[0]:.3f}, {after[1]:.3f} |")
+    draw(result, folder)
+
+
+def draw(result: dict, folder: Path) -> None:
+    """Draw loss curves, speed-up against N and BLEU against sparsity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colors = {"baseline": "tab:gray", "composed": "tab:blue"}
+    dense, first = result["dense"], result["seeds"][0]
+    runs, uniform = by_arm(first), (len(first["rates"]) + 1) // 2
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    for axis, n, name in zip(axes, (0, uniform // 2, uniform - 1), ("mild", "middle", "harsh"), strict=True):
+        for arm in ARMS:
+            r = runs[arm][n]
+            axis.plot([s + r["setup_seconds"] for s in r["seconds"]], r["loss"], color=colors[arm], label=arm)
+            axis.plot(r["setup_seconds"], r["loss"][0], "o", color=colors[arm], markersize=4)
+        for t in (0.03, 0.1):
+            axis.axhline(dense["validation_loss"] * (1 + t), color="tab:green", linewidth=0.8, linestyle=":")
+            axis.text(axis.get_xlim()[1], dense["validation_loss"] * (1 + t), f"{t:.0%}", fontsize=8, va="bottom",
+                      ha="right", color="tab:green")
+        axis.set_title(f"{name}: heads {first['rates'][n][0]:.0%}, linear {first['rates'][n][1]:.0%} removed",
+                       fontsize=10)
+        axis.set_xlabel("seconds, recalibration included")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss")
+    axes[0].legend()
+    figure.savefig(folder / "experiment_loss.png", dpi=130)
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    numbers = [1, 2, 4, 8, 16, 32, 64, 100]
+    for seed in result["seeds"]:
+        x = total(seed, dense["validation_loss"] * 1.1)
+        n = x["n"]
+        per = (x["composed"] - seed["block_seconds"]) / n
+        axes[0].plot(numbers, [k * x["baseline"] / n / (k * per + seed["block_seconds"]) for k in numbers],
+                     marker="o", markersize=3, label=f"seed {seed['seed']}")
+    axes[0].axhline(1, color="black", linewidth=0.8)
+    axes[0].set_xscale("log")
+    axes[0].set_xlabel("pruned models N (mean cost of a configuration)")
+    axes[0].set_ylabel("speed-up to 10 % above the dense loss")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend()
+    for arm in ARMS:
+        axes[1].scatter([r["zeros"] / r["parameters"] for r in runs[arm]], [r["bleu"] for r in runs[arm]], s=18,
+                        color=colors[arm], label=arm)
+    axes[1].axhline(dense["bleu"], color="black", linewidth=0.8, linestyle=":", label="dense")
+    axes[1].set_xlabel("zeros in the whole model")
+    axes[1].set_ylabel("BLEU on test_2016_flickr, at the end")
+    axes[1].legend()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "experiment_speedup.png", dpi=130)
