@@ -252,6 +252,9 @@ def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: s
                    help="steps between two validations (default: once an epoch)")
     g.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
                    help="where an interrupted run leaves its state (default: OUTPUT.checkpoint)")
+    g.add_argument("--checkpoint-every", type=count, metavar="STEPS",
+                   help="steps between two checkpoints; 1: even a killed run loses only the step under way (default: "
+                        "so often that writing takes about 5 %% of the time)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
 
 

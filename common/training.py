@@ -42,6 +42,7 @@ class FitOptions:
     early_stop: float | None = None
     target_loss: float | None = None
     eval_every: int | None = None
+    checkpoint_every: int | None = None
     resume: bool = False
     max_grad_norm: float | None = 1.0
 
@@ -49,7 +50,7 @@ class FitOptions:
     def from_args(cls, args, **changes) -> "FitOptions":
         values = {k: getattr(args, k) for k in (
             "epochs", "lr", "schedule", "warmup", "embedding_lr_factor", "weight_decay", "early_stop",
-            "target_loss", "eval_every", "resume")}
+            "target_loss", "eval_every", "checkpoint_every", "resume")}
         return cls(**(values | {"checkpoint_dir": checkpoint_folder(args)} | changes))
 
 
@@ -350,6 +351,8 @@ class _Run:
         self.clock = time.perf_counter()
 
     def _checkpoint_due(self) -> bool:
+        if self.options.checkpoint_every:
+            return self.state.step % self.options.checkpoint_every == 0
         return time.perf_counter() - self.saved_at > max(_CHECKPOINT_SECONDS, self.save_seconds / _CHECKPOINT_SHARE)
 
     def _save(self):
@@ -432,7 +435,8 @@ class _Run:
 
 def fingerprint(args, **inputs: str) -> dict:
     """Return what must be equal for a run to be resumed: all arguments that decide the result, and input hashes."""
-    ignored = {"resume", "overwrite", "checkpoint_dir", "output", "stats", "device", "early_stop", "target_loss"}
+    ignored = {"resume", "overwrite", "checkpoint_dir", "checkpoint_every", "output", "stats", "device", "early_stop",
+               "target_loss"}
     ignored |= {name for name in vars(args) if isinstance(getattr(args, name), Path)}
     return {k: str(v) for k, v in vars(args).items() if k not in ignored} | inputs
 

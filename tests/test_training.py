@@ -85,6 +85,23 @@ def test_early_stop(made, text, tmp_path):
     assert result.reason == "no better validation loss for 2 epochs" and float(rows[-1][0]) == 2.0
 
 
+def test_a_checkpoint_every_step_loses_only_the_step_under_way(made, text, tmp_path):
+    class Dying(TranslationLoss):
+        calls = 0
+
+        def forward(self, batch):
+            self.calls += self.training
+            if self.calls == 6:
+                raise MemoryError  # as good as a kill: nothing is written after it
+            return super().forward(batch)
+
+    with pytest.raises(MemoryError):
+        run(made, text, tmp_path, Dying(models.load(made / "pruned.pth").network), checkpoint_every=1)
+    said = []
+    run(made, text, tmp_path, TranslationLoss(models.load(made / "pruned.pth").network), resume=True, log=said.append)
+    assert said[0].startswith("resuming after step 5 ")
+
+
 def test_eval_every_counts_steps(made, text, tmp_path):
     _, _, rows = run(made, text, tmp_path, eval_every=4, epochs=1)
     assert [int(row[3]) for row in rows[1:4]] == [0, 4, 8]
