@@ -2,11 +2,11 @@
 
 Every variant was tuned on the original's activations, but in a composed model it receives those of pruned
 predecessors. One sweep without gradients repairs much of it. With x̂ the input that the composed model delivers
-and t the target, the weights of least E‖t − Ŵx̂‖² inside the mask follow from E[x̂ x̂ᵀ] and E[t x̂ᵀ]. q, k, v and wi
-aim at the original's outputs. o and wo write into the residual stream, and their target is the original's output
-plus the difference of the two streams before the layer, so that the stream is right again after it. (Asymmetric
-reconstruction: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural Networks", section 3.3.) Both
-models advance layer by layer together; memory holds one layer's activations.
+and t the target, the weights of least E‖t − Ŵx̂‖² inside the mask follow from E[x̂ x̂ᵀ] and E[t x̂ᵀ]. q, k and v aim at
+what they would give for the original's inputs, wi at the original's outputs. o and wo write into the residual stream,
+and their target is the original's output plus the difference of the two streams before the layer, so that the stream
+is right again after it. (Asymmetric reconstruction: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural
+Networks", section 3.3.) Both models advance layer by layer together; memory holds one layer's activations.
 
 Which of the outputs' errors matter is not the same for all: with a metric S = E[g gᵀ] of the loss's gradients g at a
 module's output, what is minimised is E[dᵀ(S + I)d] for d = Ŵx̂ − t. E[x xᵀ] and E[g gᵀ] are the two factors of the
@@ -149,19 +149,14 @@ class _Sweep:
                 biased.setdefault(key, bias)
             return output
 
-        seen = {}
-        hooks = [getattr(original, part).register_forward_hook(lambda m, x, y, part=part: seen.update({part: y}))
-                 for part in HEAD_PARTS]
         for batch in text:
-            output = run(original, 0, layers[0].layer_norm(batch.original), batch)
-            batch.original = batch.original + output
-            x = layers[1].layer_norm(batch.composed)
-            fits[0].add(x[batch.valid], [seen[part][batch.valid] for part in own])
+            # What the bank's q, k and v make of the original's states: its own outputs, unless they were tuned.
+            states, x = layers[0].layer_norm(batch.original), layers[1].layer_norm(batch.composed)
+            fits[0].add(x[batch.valid], [getattr(composed, part)(states)[batch.valid] for part in own])
             if crossed:
-                valid = batch.encoded_valid
-                fits[1].add(batch.encoded[1][valid], [seen[part][valid] for part in other])
-        for handle in hooks:
-            handle.remove()
+                source = [encoded[batch.encoded_valid] for encoded in batch.encoded]
+                fits[1].add(source[1], [getattr(composed, part)(source[0]) for part in other])
+            batch.original = batch.original + run(original, 0, states, batch)
         for fit in fits:
             fit.solve()
         fit, inputs, out_projection = _Fit(self, [f"{name}.{kind}.o"]), [], composed.o
