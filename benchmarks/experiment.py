@@ -34,7 +34,8 @@ class Experiment:
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.text = ["--data-dir", str(args.data_dir), "--threads", str(args.threads)]
-        self.calibration = ["--calibration-sentences", str(args.calibration_sentences)]
+        self.block = ["--calibration-sentences", "1000", "--attention-steps", str(args.attention_steps)]
+        self.sweep = ["--recalibrate", "--metric", "loss", "--calibration-sentences", str(args.calibration_sentences)]
         self.out.mkdir(parents=True, exist_ok=True)
 
     def stage(self, output: Path, name: str, *arguments, resume: bool = False) -> str:
@@ -60,7 +61,7 @@ class Experiment:
         self.stage(pruned, "prune", "-m", model, "-c", scheme, "-o", pruned, "--criterion", self.args.criterion,
                    *seed, *self.text)
         self.stage(tuned, "block-level_finetuning", "-m", model, "-p", pruned, "-o", tuned, "--stats",
-                   folder / "block.csv", *seed, *self.text, *self.calibration)
+                   folder / "block.csv", *seed, *self.text, *self.block)
         return folder
 
     def train(self, folder: Path, arm: str, n: int, lr: float, target: float | None, tag: str = "") -> dict:
@@ -76,8 +77,8 @@ class Experiment:
             self.stage(masked, "compose_model", *chosen, "-p", folder / "pruned.npy", "-o", masked)
             said = self.stage(output, "baseline_finetuning", "-m", masked, *flags, resume=True)
         else:
-            said = self.stage(output, "model-level_finetuning", *chosen, "-p", folder / "tuned.npy", "--recalibrate",
-                              "--metric", "loss", *self.calibration, *flags, resume=True)
+            said = self.stage(output, "model-level_finetuning", *chosen, "-p", folder / "tuned.npy", *self.sweep,
+                              *flags, resume=True)
         found = re.search(r"recalibrated on .* in ([\d.]+) s", said)
         with open(stats, newline="") as file:
             rows = [{k: float(row[k]) for k in ("step", "valid_loss", "train_seconds", "valid_seconds")}
@@ -111,8 +112,8 @@ def run(args) -> dict:
         print("learning rates: " + ", ".join(f"{arm} {lr:g}" for arm, lr in lrs.items()), flush=True)
         result = {"dense": dense, "targets": TARGETS, "grid": grid, "lr": lrs, "seeds": [],
                   "settings": {k: getattr(args, k) for k in (
-                      "jobs", "threads", "criterion", "calibration_sentences", "eval_every", "max_train_sentences",
-                      "configurations", "first_target", "target")}}
+                      "jobs", "threads", "criterion", "attention_steps", "calibration_sentences", "eval_every",
+                      "max_train_sentences", "configurations", "first_target", "target")}}
         for seed in range(args.seeds):
             uniform = (args.configurations + 1) // 2
             folder = e.bank(e.out / f"seed{seed}", "-n", uniform, "--mixed", args.configurations - uniform)
@@ -146,10 +147,11 @@ def main(argv=None) -> int:
     p.add_argument("--first-target", type=float, default=0.03, metavar="X", help="the first seed stops when the "
                    "validation loss is so far above the dense model's, as a fraction (default: 0.03)")
     p.add_argument("--target", type=float, default=0.10, metavar="X", help="the other seeds stop there (default: 0.1)")
-    p.add_argument("--calibration-sentences", type=int, default=500, metavar="N", help="of block level and "
-                   "recalibration (default: 500)")
-    p.add_argument("--max-train-sentences", type=int, default=20000, metavar="N", help="one epoch over so many pairs "
-                   "is the longest training (default: 20000)")
+    p.add_argument("--attention-steps", type=int, default=200, metavar="N", help="of block level (default: 200)")
+    p.add_argument("--calibration-sentences", type=int, default=500, metavar="N", help="of the recalibration "
+                   "(default: 500)")
+    p.add_argument("--max-train-sentences", type=int, default=16000, metavar="N", help="one epoch over so many pairs "
+                   "is the longest training (default: 16000)")
     p.add_argument("--eval-every", type=int, default=10, metavar="STEPS")
     p.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at once (default: 2)")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default: 1)")

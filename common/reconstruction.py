@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from common import training
 from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
 from common.modules import HEAD_PARTS, kind_of
 from common.solver import LOGGED, solve, solve_values, spread
-from common.training import shift_right
 
 VALUE_ROUNDS = 2  # of v between fits of o; a third lowers the error by less than 2 %
 PANEL = 128  # columns of a Gram matrix computed at a time, from the diagonal on: half of 512 x 512 is never computed
@@ -38,7 +38,7 @@ class Gram:
 def run_stacks(network, batch) -> torch.Tensor:
     """Run encoder and decoder on a batch without computing ``lm_head``; return the decoder's states."""
     encoded = network.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
-    decoder_input = shift_right(batch["labels"], network.config)
+    decoder_input = training.shift_right(batch["labels"], network.config)
     return network.decoder(input_ids=decoder_input, encoder_hidden_states=encoded,
                            encoder_attention_mask=batch["attention_mask"], use_cache=False)[0]
 
@@ -183,7 +183,7 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
     A site needs a float64 Gram matrix for each split, and the work on it three more of its size.
 
     Raises:
-        UserError: one site alone does not fit into ``budget`` bytes; before any pass.
+        UserError: one site alone does not fit into ``budget`` bytes, or a group not into memory; before any pass.
     """
     def size(site):
         module = network.get_submodule(site)
@@ -197,6 +197,11 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
         if groups[-1] and len(splits) * sum(map(size, groups[-1])) + (len(splits) + 3) * size(site) > budget:
             groups.append([])
         groups[-1].append(site)
+    needed = max((len(splits) * sum(map(size, group)) + 3 * max(map(size, group)) for group in groups), default=0)
+    there = training.available_memory() if torch.device(device).type == "cpu" else None
+    if there is not None and needed > there:
+        raise UserError(f"the statistics take {needed / 2**20:.1f} MiB of memory, {there / 2**20:.1f} are available; "
+                        "give a smaller --memory-budget")
     for n, group in enumerate(groups):
         began = time.perf_counter()
         grams = [gather(network, split, group, device) for split in splits]

@@ -305,6 +305,14 @@ def test_too_little_memory_is_said_before_the_first_step(here, stage, monkeypatc
     assert not (here / "out.csv").exists() and not (here / "out.pth.checkpoint").exists()
 
 
+def test_statistics_that_do_not_fit_are_said_before_the_first_pass(here, stage, monkeypatch):
+    monkeypatch.setattr(training, "available_memory", lambda: 50_000)
+    result = stage("block-level_finetuning", "-m", "origin.pth", "-p", "pruned.npy", "-o", "t.npy", "--stats", "t.csv",
+                   "--data-dir", "text")
+    check(result, "the statistics take 0.3 MiB of memory, 0.0 are available; give a smaller --memory-budget")
+    assert not (here / "t.npy").exists() and "statistics 1/" not in result.err
+
+
 def test_training_takes_five_numbers_a_weight(monkeypatch):
     monkeypatch.setattr(training, "available_memory", lambda: 5 * 4 * 100)
     training.check_memory(torch.nn.Linear(10, 10, bias=False), "cpu")
