@@ -124,7 +124,7 @@ def calibration_size(b: Bench) -> None:
         def recalibrated(size=size, configuration=configuration):
             tuned = b.tune(b.variants(configuration)[0], b.text(2000))[0]
             model = b.compose(tuned)
-            seconds = recalibration.recalibrate(b.network, model, b.text(size), "cpu", 1e-4, lambda text: None)
+            seconds = recalibration.recalibrate(b.network, model, b.text(size), "cpu", 1e-4, log=lambda text: None)
             return model, seconds, None
         b.measure("text", f"heads 50%, linear 80%, recalibrated, {size} sentences", recalibrated)
 
@@ -182,23 +182,30 @@ def recalibrated(b: Bench) -> None:
     text = b.text(2000)
     for rates in ((0.25, 0.5), (0.5, 0.5), (0.0, 0.8), (0.5, 0.8)):
         configuration = configs.uniform(b.kinds, *rates)
-        for criterion, values in (("l1", False), ("wanda", False), ("wanda", True)):
+        for criterion, steps in (("l1", 0), ("wanda", 0), ("obs", 0), ("obs", 200)):
             tuned = {}  # made for the first row that needs it
 
-            def make(sweeps, configuration=configuration, criterion=criterion, values=values, tuned=tuned):
+            def make(sweeps, gradients=None, configuration=configuration, criterion=criterion, steps=steps,
+                     tuned=tuned):
                 if not tuned:
                     variants, seconds = b.variants(configuration, criterion, text)
-                    tuned["variants"], more, _ = b.tune(variants, text, values)
+                    tuned["variants"], more, _ = b.tune(variants, text, steps=steps)
                     tuned["seconds"] = seconds + more
                 model, seconds = b.compose(tuned["variants"]), tuned["seconds"]
                 if sweeps:  # only the sweeps' time, which every configuration pays anew
-                    seconds = sum(recalibration.recalibrate(b.network, model, text, "cpu", 1e-4, lambda text: None)
-                                  for _ in range(sweeps))
+                    seconds = sum(recalibration.recalibrate(b.network, model, text, "cpu", 1e-4, gradients,
+                                                            log=lambda text: None) for _ in range(sweeps))
                 return model, seconds, None
-            at = f"heads {rates[0]:.0%}, linear {rates[1]:.0%}, {criterion}{', v' if values else ''}: "
-            for sweeps, name in ((0, "block level"), (1, "+ sweep"), (2, "+ two sweeps")):
-                if sweeps < 2 or criterion == "l1":
-                    b.measure("sweep", at + name, lambda make=make, sweeps=sweeps: make(sweeps))
+            if steps and not rates[0]:
+                continue
+            at = f"heads {rates[0]:.0%}, linear {rates[1]:.0%}, {criterion}{', steps' if steps else ''}: "
+            b.measure("sweep", at + "block level", lambda make=make: make(0))
+            b.measure("sweep", at + "+ sweep", lambda make=make: make(1))
+            if criterion == "l1":
+                b.measure("sweep", at + "+ two sweeps", lambda make=make: make(2))
+            if criterion == "obs":
+                b.measure("sweep", at + "+ sweep by loss",
+                          lambda make=make: make(1, b.text(recalibration.METRIC_SENTENCES)))
     began = time.perf_counter()
     with torch.no_grad():
         for batch in text.fixed():
