@@ -28,6 +28,7 @@ from common.training import TranslationLoss, evaluate
 FORMAT = "composable-pruning sensitivity"
 VERSION = 1
 RESOLUTION = 20_000  # sizes that a front tells apart
+LARGEST = 1e6  # loss that a file may hold; sums of more could overflow
 
 
 @dataclass
@@ -89,9 +90,10 @@ def read(path: Path, bank: Bank, origin: dict[str, str]) -> Sensitivity:
         losses = {(row["block"], tuple(float(r) for r in row["rates"])): float(row["validation_loss"])
                   for row in content["variants"]}
         found = Sensitivity(float(content["dense"]), losses)
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         found = Sensitivity(0.0, {})
-    if found.losses.keys() != bank.entries.keys() or not all(map(np.isfinite, [found.dense, *found.losses.values()])):
+    if found.losses.keys() != bank.entries.keys() or not all(
+            0 <= loss < LARGEST for loss in (found.dense, *found.losses.values())):
         raise UserError(f"{path}: does not list every variant of the bank once; remove it, it is measured anew")
     return found
 

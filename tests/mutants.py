@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import plot_loss
-from common import bank, composition, configs, data, hub, models, training
+from common import bank, composition, configs, data, hub, models, search, training
 from common.files import UserError
 from common.provenance import ancestry
 from tests.conftest import save_folder, write_corpus
@@ -141,6 +141,9 @@ class Parsers:
             for variant in composition.prune_scheme(model.network, scheme):
                 writer.add(variant)
                 composition.install(model, variant)
+        opened, of = bank.load(folder / "bank.npy"), {"model": "0" * 64, "bank": "1" * 64}
+        search.write(folder / "sensitivity.json", search.Sensitivity(2.0, dict.fromkeys(opened.entries, 2.5)), of)
+        sizes = search.kept_weights(model.network, opened)[0]
         model.provenance = origin
         models.save(folder / "model.pth", model)
         torch.manual_seed(0)
@@ -181,7 +184,11 @@ class Parsers:
                 composition.install(model, opened.read(key))
             ancestry(opened.provenance)
 
+        def read_sensitivity():
+            search.front(search.read(folder / "sensitivity.json", opened, of), sizes).configuration(0)
+
         self.paths = {"configuration": folder / "conf.json", "scheme": folder / "scheme.json",
+                      "sensitivity": folder / "sensitivity.json",
                       "bank": folder / "bank.npy", "statistics": folder / "stats.csv", "corpus": folder / "train.en",
                       "packed corpus": folder / "val.en.gz", "checkpoint": folder / "cp" / "checkpoint.pth",
                       "model": folder / "model.pth", "hub folder": folder / "hub" / "config.json"}
@@ -192,14 +199,14 @@ class Parsers:
         self.parsers = {
             "configuration": lambda: configs.make_scheme(configs.read_configurations(folder / "conf.json")),
             "scheme": lambda: ancestry(configs.read_scheme(folder / "scheme.json")[1]), "bank": read_bank,
-            "statistics": lambda: plot_loss.read(folder / "stats.csv"),
+            "sensitivity": read_sensitivity, "statistics": lambda: plot_loss.read(folder / "stats.csv"),
             "corpus": lambda: data.read_pairs(text, "train"), "packed corpus": lambda: data.read_pairs(text, "val"),
             "checkpoint": lambda: train(2), "model": read_model,
             "hub folder": lambda: models.read_config(folder / "hub")}
 
     def mutate(self, kind: str, rng) -> bytes:
         """Return a mutant of the kind's sample."""
-        if kind in ("configuration", "scheme", "hub folder"):
+        if kind in ("configuration", "scheme", "sensitivity", "hub folder"):
             return mutate_json(self.samples[kind], rng)
         if kind in ("bank", "checkpoint", "model"):
             return (mutate_bank if kind == "bank" else mutate_sealed)(self.samples[kind], rng)

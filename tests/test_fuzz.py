@@ -36,8 +36,8 @@ def examples(number):
 
 
 @pytest.mark.parametrize(("kind", "number"), [
-    ("configuration", FAST), ("scheme", FAST), ("bank", FAST), ("statistics", FAST), ("corpus", FAST),
-    ("packed corpus", FAST), ("checkpoint", SLOW), ("model", SLOW), ("hub folder", FAST)])
+    ("configuration", FAST), ("scheme", FAST), ("sensitivity", FAST), ("bank", FAST), ("statistics", FAST),
+    ("corpus", FAST), ("packed corpus", FAST), ("checkpoint", SLOW), ("model", SLOW), ("hub folder", FAST)])
 def test_a_mutant_is_read_or_refused(parsers, kind, number):
     seen = {"read": 0, "refused": 0}
 
@@ -52,8 +52,8 @@ def test_a_mutant_is_read_or_refused(parsers, kind, number):
     assert min(seen.values()) > number // 50, seen  # the mutants are neither all broken nor all harmless
 
 
-@pytest.mark.parametrize("kind", ["configuration", "scheme", "bank", "statistics", "corpus", "packed corpus",
-                                  "checkpoint", "model", "hub folder"])
+@pytest.mark.parametrize("kind", ["configuration", "scheme", "sensitivity", "bank", "statistics", "corpus",
+                                  "packed corpus", "checkpoint", "model", "hub folder"])
 def test_the_sample_that_is_mutated_is_read(parsers, kind):
     assert parsers.outcome(kind, parsers.samples[kind]) is None
 
