@@ -7,22 +7,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from common import masking, models, runtime
+from common import checkpoints, masking, models, runtime
+from common.checkpoints import COLUMNS, State
 from common.cli import CHECKPOINT, checkpoint_folder
 from common.data import Batches, load_batches, text_input
-from common.files import Interrupted, UserError, brief, locked, write_bytes
-from common.models import all_plain, load_sealed, save_sealed
+from common.files import Interrupted, UserError, locked, write_bytes
 from common.provenance import provenance
 
-COLUMNS = ("epoch", "train_loss", "valid_loss", "train_seconds", "valid_seconds", "step", "learning_rate")
-CHECKPOINT_VERSION = 1
 # A checkpoint is written at every validation, and in between so often that writing takes about 5 % of the time.
 _CHECKPOINT_SHARE = 0.05
 _CHECKPOINT_SECONDS = 15.0
@@ -63,21 +61,6 @@ class FitResult:
     steps: int
     seconds: float
     reason: str
-
-
-@dataclass
-class _State:
-    """Everything that a resumed run needs beside weights, optimizer and random state."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    loss_sum: float = 0.0
-    loss_count: float = 0.0
-    seconds: float = 0.0
-    best_loss: float = math.inf
-    best_epoch: float = 0.0
-    rows: list = field(default_factory=list)
 
 
 class TranslationLoss(nn.Module):
@@ -217,17 +200,6 @@ def finish(options: FitOptions) -> None:
         options.checkpoint_dir.rmdir()
 
 
-def _same_shapes(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(a[name].shape == b[name].shape for name in a)
-
-
-def _good_rows(rows) -> bool:
-    """Tell whether statistics rows out of a checkpoint are such as `_Run._validate` writes."""
-    return isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == len(COLUMNS) and all(type(x) in (int, float) or (
-            x is None and i in (1, 6)) for i, x in enumerate(row)) for row in rows)
-
-
 class _Run:
     """One call of `fit`; the methods share its state."""
 
@@ -237,7 +209,7 @@ class _Run:
         self.fingerprint = fingerprint | {"training text": train.sha256, "validation text": valid.sha256}
         self.optimizer = _optimizer(objective, options)
         self.trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-        self.state, self.best = _State(), {}
+        self.state, self.best = State(), {}
         self.path = options.checkpoint_dir / CHECKPOINT
         self.clock = self.saved_at = time.perf_counter()
         self.save_seconds = 0.0
@@ -276,7 +248,8 @@ class _Run:
             # The stage has checked --overwrite; a stale checkpoint belongs to the run that is replaced.
             self.path.unlink()
         if self.options.resume and self.path.exists():
-            self._load()
+            self.state, self.best = checkpoints.load(self.path, self.fingerprint, self.trained, self.optimizer,
+                                                     self.train, self.device)
             self.log(f"resuming after step {self.state.step} from {self.path}")
         else:
             if self.options.resume:
@@ -357,74 +330,9 @@ class _Run:
 
     def _save(self):
         began = time.perf_counter()
-        rng = {"cpu": torch.get_rng_state()}
-        if torch.device(self.device).type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        save_sealed(self.path, {
-            "format": "composable-pruning checkpoint", "version": CHECKPOINT_VERSION,
-            "fingerprint": self.fingerprint, "state": vars(self.state),
-            "weights": {n: p.detach().cpu() for n, p in self.trained.items()},
-            "best": {n: p.cpu() for n, p in self.best.items()},
-            "optimizer": self.optimizer.state_dict(), "rng": rng})
+        checkpoints.save(self.path, self.fingerprint, self.state, self.trained, self.best, self.optimizer, self.device)
         self.saved_at = self.clock = time.perf_counter()
         self.save_seconds = self.saved_at - began
-
-    def _load(self):
-        content = load_sealed(self.path, "a checkpoint")
-        saved = content.get("fingerprint")
-        if content.get("format") != "composable-pruning checkpoint" or not isinstance(saved, dict) or not all(
-                isinstance(key, str) and isinstance(value, (str, int)) for key, value in saved.items()):
-            raise UserError(f"{self.path}: is not a checkpoint of this toolkit")
-        version = content.get("version")
-        if type(version) is not int or version != CHECKPOINT_VERSION:
-            raise UserError(f"{self.path}: checkpoint version {brief(version)}, this toolkit reads "
-                            f"{CHECKPOINT_VERSION}; start anew without --resume")
-        other = [f"{key}: checkpoint {brief(saved.get(key))}, now {brief(self.fingerprint.get(key))}"
-                 for key in sorted(saved.keys() | self.fingerprint.keys())
-                 if saved.get(key) != self.fingerprint.get(key)]
-        if other:
-            raise UserError(f"{self.path}: is of another run; repeat its arguments, or start anew without "
-                            "--resume:\n  " + "\n  ".join(other[:20]))
-        try:
-            self._restore(content)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-            reason = reason.splitlines()[0]
-            raise UserError(f"{self.path}: does not fit this run: {reason:.150}") from None
-
-    def _restore(self, content: dict) -> None:
-        """Take over a checkpoint; raise `ValueError` or the like where a foreign one would derail the run later."""
-        state, optimizer, rng = content["state"], content["optimizer"], content["rng"]
-        for name, default in vars(_State()).items():
-            value = state[name]
-            good = _good_rows(value) if name == "rows" else type(value) is type(default) and value >= 0
-            if not good:
-                raise ValueError(f"its {name} is {brief(value)}")
-        if len(state) > len(vars(_State())) or not state["rows"]:
-            raise ValueError("its counters are not complete")
-        if state["batch"] and state["batch"] >= len(self.train.epoch(state["epoch"])):
-            raise ValueError(f"its epoch {state['epoch']} has no batch {state['batch']}")
-        for role in ("weights", "best"):
-            if not all_plain(content[role], torch.float32) or not _same_shapes(content[role], self.trained):
-                raise ValueError(f"its {role} are not this model's")
-        # Of the optimizer only the numbers are taken over, what kind it is the arguments say.
-        own = self.optimizer.state_dict()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for i, tensors in optimizer["state"].items():
-            expected = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
-            if i < 0 or not all_plain(tensors, torch.float32) or not _same_shapes(tensors, expected):
-                raise ValueError("its optimizer is not this model's")
-        if not all_plain(rng, torch.uint8):
-            raise ValueError("its random state is none")
-        torch.set_rng_state(rng["cpu"])
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.set_rng_state(rng["cuda"], self.device)
-        self.optimizer.load_state_dict(own | {"state": optimizer["state"]})
-        self.state = _State(**state)
-        self.best = {n: t.to(self.device) for n, t in content["best"].items()}
-        with torch.no_grad():
-            for name, p in self.trained.items():
-                p.copy_(content["weights"][name])
 
     def _yield_to_signal(self):
         if self.signals.caught:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import bank, cli, configs, data, files, models, training
+from common import bank, checkpoints, cli, configs, data, files, models, training
 from common.files import Interrupted, UserError
 from tests.test_errors import INPUTS, OUTPUTS, TEXT, check
 
@@ -39,16 +39,16 @@ def full_disk(limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def fail_second(monkeypatch, name: str, limit: int) -> None:
-    """Fill the disk during the second call of ``training.name``."""
-    write, calls = getattr(training, name), []
+def fail_second(monkeypatch, module, name: str, limit: int) -> None:
+    """Fill the disk during the second call of ``module.name``."""
+    write, calls = getattr(module, name), []
 
     def limited(*arguments):
         calls.append(1)
         with full_disk(limit) if len(calls) == 2 else contextlib.nullcontext():
             write(*arguments)
 
-    monkeypatch.setattr(training, name, limited)
+    monkeypatch.setattr(module, name, limited)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def here(work, monkeypatch):
 
 
 def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(here, stage, monkeypatch):
-    fail_second(monkeypatch, "save_sealed", 20_000)
+    fail_second(monkeypatch, checkpoints, "save_sealed", 20_000)
     check(stage("baseline_finetuning", *TRAIN), "out.pth.checkpoint/checkpoint.pth: File too large")
     folder = here / "out.pth.checkpoint"
     assert models.load_sealed(folder / "checkpoint.pth", "a checkpoint")["state"]["step"] == 0
@@ -66,7 +66,7 @@ def test_a_disk_that_fills_during_a_checkpoint_leaves_the_one_before(here, stage
 
 
 def test_a_disk_that_fills_during_the_statistics_leaves_the_ones_before(here, stage, monkeypatch):
-    fail_second(monkeypatch, "write_bytes", 60)
+    fail_second(monkeypatch, training, "write_bytes", 60)
     check(stage("baseline_finetuning", *TRAIN), "out.csv: File too large")
     assert len((here / "out.csv").read_text().splitlines()) == 2 and not list(here.glob(".*"))
 
@@ -217,7 +217,7 @@ def test_every_flipped_bit_is_noticed_with_the_files_name(here, stage, monkeypat
 
 @pytest.mark.parametrize(("name", "module", "number"), [
     ("scheme.json", configs, "VERSION"), ("pruned.npy", bank, "VERSION"), ("origin.pth", models, "VERSION"),
-    ("checkpoint.pth", training, "CHECKPOINT_VERSION")])
+    ("checkpoint.pth", checkpoints, "CHECKPOINT_VERSION")])
 def test_a_file_of_another_version_is_refused_with_both(here, stage, monkeypatch, name, module, number):
     """Files are written by a toolkit that is one version ahead."""
     own = getattr(module, number)

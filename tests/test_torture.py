@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import torture
-from common import training
+from common import checkpoints, training
 from tests.conftest import ROOT
 from tests.test_training import run
 
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(m
 
     with pytest.raises(training.UserError, match="the gradient is not finite at step 3; .* the last good state is in"):
         run(made, text, tmp_path, Exploding(2, 2))
-    state = training.load_sealed(tmp_path / "cp" / "checkpoint.pth", "a checkpoint")
+    state = checkpoints.load_sealed(tmp_path / "cp" / "checkpoint.pth", "a checkpoint")
     assert all(torch.isfinite(w).all() for w in state["weights"].values())
 
 
@@ -118,7 +118,7 @@ def test_a_validation_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(mad
 
         patch.setattr(training._Run, "_step", trained)
         run(made, text, tmp_path, Exploding(2, 2))
-    assert training.load_sealed(tmp_path / "cp" / "checkpoint.pth", "a checkpoint")["state"]["step"] == 0
+    assert checkpoints.load_sealed(tmp_path / "cp" / "checkpoint.pth", "a checkpoint")["state"]["step"] == 0
 
 
 def test_a_process_with_another_hash_seed_makes_the_same_bytes(tmp_path):
