@@ -120,20 +120,26 @@ def run(args) -> dict:
             folder = e.bank(e.out / f"seed{seed}", "-n", uniform, "--mixed", args.configurations - uniform)
             jobs = [(arm, n) for n in range(args.configurations) for arm in ARMS]
             runs = list(pool.map(lambda job, f=folder: e.train(f, job[0], job[1], lrs[job[0]], limit), jobs))
-            scores = e.evaluate(folder, [folder / f"{arm}_{n}.pth" for arm, n in jobs])
+            if seed == 0:  # BLEU of all seeds would take a third of the whole time
+                scores = e.evaluate(folder, [folder / f"{arm}_{n}.pth" for arm, n in jobs])
+                for r in runs:
+                    r |= scores[f"{r['arm']}_{r['configuration']}"]
             with open(folder / "block.csv", newline="") as file:
                 block = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
-            for r in runs:
-                r |= scores[f"{r['arm']}_{r['configuration']}"]
             configurations = json.loads((folder / "conf.json").read_text(encoding="utf-8"))
             result["seeds"].append({"seed": seed, "block_seconds": round(block, 2), "runs": runs, "rates": [
                 [round(sum(v for k, v in c.items() if k.endswith("Attention") == heads) / max(1, sum(
                     k.endswith("Attention") == heads for k in c)), 3) for heads in (True, False)]
                 for c in configurations]})
             print(f"seed {seed}: {len(runs)} runs", flush=True)
-        folder, chosen = e.out / "seed0", sorted({0, uniform // 2, uniform - 1})
-        result["curves"] = list(pool.map(lambda job: e.train(folder, job[0], job[1], lrs[job[0]], None, "_long"), [
-            (arm, n) for n in chosen for arm in ARMS])) if args.seeds else []
+        def whole(job) -> dict:
+            """Return a run over the whole epoch: that of the first seed, if it did not end before."""
+            arm, n = job
+            done = next(r for r in result["seeds"][0]["runs"] if (r["arm"], r["configuration"]) == job)
+            return done if min(done["loss"]) > limit else e.train(e.out / "seed0", arm, n, lrs[arm], None, "_long")
+
+        result["curves"] = list(pool.map(whole, [(arm, n) for n in sorted({0, uniform // 2, uniform - 1})
+                                                 for arm in ARMS])) if args.seeds else []
     return result
 
 

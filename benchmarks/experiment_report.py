@@ -37,7 +37,7 @@ def total(seed: dict, limit: float) -> dict:
             "reached": {arm: sum(reached(r, limit) is not None for r in runs[arm]) for arm in ARMS},
             "untrained": sum((reached(r, limit) or (1,))[0] == 0 for r in runs["composed"]),
             "slower": sum(spent(c, limit) > spent(b, limit) for b, c in zip(runs["baseline"], runs["composed"],
-                                                                              strict=True)),
+                                                                            strict=True) if reached(b, limit)),
             "at": {k: k * baseline / (k * composed + n * seed["block_seconds"]) for k in (1, 4, 16, 100, 1000)},
             "break_even": seed["block_seconds"] / saved if saved > 0 else None}
 
@@ -56,14 +56,16 @@ def table(result: dict, path: Path) -> None:
         for seed, rates, runs in [(s["seed"], s["rates"], s["runs"]) for s in result["seeds"]] + [
                 ("long", first["rates"], result["curves"])]:
             for r in sorted(runs, key=lambda r: (r["configuration"], r["arm"])):
-                same = next(x for x in first["runs"] if x["configuration"] == r["configuration"]) | r
+                same = next(x for x in first["runs"] if x["configuration"] == r["configuration"])
+                same = same if seed in (first["seed"], "long") else {}  # another seed's mixtures have other zeros
                 times = []
                 for limit in limits.values():
                     missing = "not trained so far" if min(r["loss"]) <= ends and seed != "long" else "not reached"
                     times += reached(r, limit) or [missing] * 2
                 scores = [round(r[k], 2) for k in ("bleu", "chrf")] if "bleu" in r else [None] * 2
                 writer.writerow([seed, r["configuration"], *rates[r["configuration"]],
-                                 round(same["zeros"] / same["parameters"], 4), r["arm"], round(r["loss"][0], 4),
+                                 round(same["zeros"] / same["parameters"], 4) if same else None, r["arm"],
+                                 round(r["loss"][0], 4),
                                  round(min(r["loss"]), 4), *scores, r["setup_seconds"], r["seconds"][-1],
                                  r["steps"][-1], *times])
 
