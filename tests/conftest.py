@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ import torch
 from common import cli, demo_corpus
 
 ROOT = Path(__file__).parent.parent
+# A shell that runs the tests in the background has them ignore Ctrl-C; the stages' handling of it is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests on real input need a folder with Multi30K and one with a small T5 trained on it; without they are skipped.
 REAL_DATA = Path(os.environ.get("MULTI30K_DIR", ROOT / "data" / "multi30k"))
 REAL_TEACHER = Path(os.environ.get("TEACHER_DIR", ROOT / "data" / "teacher"))
