@@ -116,6 +116,7 @@ def searched(args, model) -> list[dict]:
                                 f"{1 - front.sizes[0] / total:.3f} at an expected loss of {front.losses[0]:.4f} to "
                                 f"{1 - front.sizes[-1] / total:.3f} at {front.losses[-1]:.4f}")
     print(f"{len(front.sizes):,} best configurations out of all combinations; the original's loss {found.dense:.4f}")
+    text = data.load_train(args, model, args.calibration_sentences) if args.verify else None
     configurations = []
     for n, (name, place) in enumerate(wanted):
         configurations.append(front.configuration(place))
@@ -126,7 +127,6 @@ def searched(args, model) -> list[dict]:
             composition.compose(composed, opened, configurations[-1])
             objective = training.TranslationLoss(models.place(composed.network, device))
             line += f"; composed {training.evaluate(objective, valid, device):.4f}"
-            text = data.load_train(args, model, args.calibration_sentences)
             recalibration.recalibrate(model.network, composed, text, device, args.damping)
             line += f", recalibrated {training.evaluate(objective, valid, device):.4f}"
         print(line, flush=True)

@@ -51,12 +51,16 @@ class Experiment:
             log.write_text(done.stderr + done.stdout, encoding="utf-8")
         return log.read_text(encoding="utf-8")
 
+    def seed(self, folder: Path) -> list[str]:
+        """Return the flags of a folder's seed; that of the learning rates has 0."""
+        return ["--seed", folder.name.removeprefix("seed") if folder.name != "lr" else "0"]
+
     def bank(self, folder: Path, *configurations) -> Path:
         """Make configurations, scheme, pruned and tuned bank in a folder; return the folder."""
         folder.mkdir(exist_ok=True)
         model, conf, scheme, pruned, tuned = self.args.model, *(folder / n for n in (
             "conf.json", "scheme.json", "pruned.npy", "tuned.npy"))
-        seed = ["--seed", folder.name.removeprefix("seed") if folder.name != "lr" else "0"]
+        seed = self.seed(folder)
         self.stage(conf, "config_generator", "-m", model, "-o", conf, *seed, *configurations)
         self.stage(scheme, "prune_scheme_generator", "-i", conf, "-o", scheme)
         self.stage(pruned, "prune", "-m", model, "-c", scheme, "-o", pruned, "--criterion", self.args.criterion,
@@ -68,9 +72,9 @@ class Experiment:
     def train(self, folder: Path, arm: str, n: int, lr: float, target: float | None, tag: str = "") -> dict:
         """Train one configuration in one arm; return its curve and what it cost before the first step."""
         output = folder / f"{arm}_{n}{tag}.pth"
-        stats, seed = output.with_suffix(".csv"), folder.name.removeprefix("seed") if folder.name != "lr" else "0"
+        stats = output.with_suffix(".csv")
         flags = ["-o", output, "--stats", stats, "--lr", lr, "--epochs", 1, "--eval-every", self.args.eval_every,
-                 "--max-train-sentences", self.args.max_train_sentences, "--seed", seed, *self.text]
+                 "--max-train-sentences", self.args.max_train_sentences, *self.seed(folder), *self.text]
         flags += ["--target-loss", target] if target else []
         chosen = ["-m", self.args.model, "-c", folder / "conf.json", "-n", n]
         if arm == "baseline":

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 ARMS = ("baseline", "composed")
+NUMBERS = (1, 2, 4, 8, 16, 32, 64, 100)  # of models, for which the speed-up is told
 
 
 def reached(run: dict, limit: float) -> tuple[int, float] | None:
@@ -38,7 +39,7 @@ def total(seed: dict, limit: float) -> dict:
             "untrained": sum((reached(r, limit) or (1,))[0] == 0 for r in runs["composed"]),
             "slower": sum(spent(c, limit) > spent(b, limit) for b, c in zip(runs["baseline"], runs["composed"],
                                                                             strict=True) if reached(b, limit)),
-            "at": {k: k * baseline / (k * composed + n * seed["block_seconds"]) for k in (1, 4, 16, 100, 1000)},
+            "at": {k: k * baseline / (k * composed + n * seed["block_seconds"]) for k in NUMBERS},
             "break_even": seed["block_seconds"] / saved if saved > 0 else None}
 
 
@@ -143,13 +144,9 @@ def draw(result: dict, folder: Path) -> None:
     figure.savefig(folder / "experiment_loss.png", dpi=130)
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    numbers = [1, 2, 4, 8, 16, 32, 64, 100]
     for seed in result["seeds"]:
-        x = total(seed, limit)
-        n = x["n"]
-        per = (x["composed"] - seed["block_seconds"]) / n
-        axes[0].plot(numbers, [k * x["baseline"] / n / (k * per + seed["block_seconds"]) for k in numbers],
-                     marker="o", markersize=3, label=f"seed {seed['seed']}")
+        axes[0].plot(*zip(*total(seed, limit)["at"].items(), strict=True), marker="o", markersize=3,
+                     label=f"seed {seed['seed']}")
     axes[0].axhline(1, color="black", linewidth=0.8)
     axes[0].set_xscale("log")
     axes[0].set_xlabel("pruned models N (mean cost of a configuration)")

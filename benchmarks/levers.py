@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from common import bank, composition, configs, data, distillation, masking, models, recalibration, runtime, training
-from common.reconstruction import run_stacks, valid_tokens
+from common.reconstruction import gather
 
 LR = 1e-3  # AdamW's default here; Muon's update is scaled to AdamW's, K-FAC's to the same root mean square
 
@@ -108,24 +108,10 @@ class Bench:
 
     def factors(self) -> dict[str, tuple]:
         """Return {name of a weight, as trained under its mask: (E[x xᵀ], E[g gᵀ])} of the original."""
-        inputs, outputs = {}, recalibration.loss_metrics(self.original, self.few, "cpu")
-        batch = {}
-
-        def watch(name):
-            def hook(_, args):
-                crossed = "EncDecAttention" in name and name.endswith((".k", ".v"))
-                x = args[0][valid_tokens("encoder." if crossed else name, batch)]
-                inputs[name] = inputs.get(name, 0) + x.T @ x
-            return self.original.get_submodule(name).register_forward_pre_hook(hook)
-
-        hooks = [watch(name) for name in outputs]
-        with torch.no_grad():
-            for batch in self.few.fixed():
-                run_stacks(self.original, batch)
-        for hook in hooks:
-            hook.remove()
+        outputs = recalibration.loss_metrics(self.original, self.few, "cpu")
+        inputs = gather(self.original, self.few, list(outputs), "cpu")
         return {f"{name}.parametrizations.weight.original" if f"{name}.weight" in self.start.masks
-                else f"{name}.weight": (inputs[name], outputs[name]) for name in outputs}
+                else f"{name}.weight": (inputs[name].matrix, outputs[name]) for name in outputs}
 
     def steps(self, optimizer, kind: str = "ce", average: float = 0.0) -> dict:
         """Train the start for some steps; return validation losses every ten and the seconds a step.

@@ -116,7 +116,8 @@ def sealed(content: dict) -> bytes:
     return f'{text},\n  "digest": "{digest(text)}"\n}}\n'.encode()
 
 
-def _is_sealed(path: Path) -> bool:
+def is_sealed(path: Path) -> bool:
+    """Tell whether a file is what `sealed` made, to the byte."""
     text, _, end = path.read_bytes().rpartition(b',\n  "digest": "')
     return end == f'{digest(text)}"\n}}\n'.encode()
 
@@ -154,7 +155,7 @@ def read_scheme(path: Path) -> tuple[Scheme, dict]:
     _refuse(path, problems)
     if not scheme:
         raise UserError(f"{path}: holds nothing to prune")
-    if not _is_sealed(path) or not is_provenance(content.get("provenance")):
+    if not is_sealed(path) or not is_provenance(content.get("provenance")):
         raise UserError(f"{path}: was edited after it was made, or is damaged; change the configuration instead and "
                         f"{again}")
     return scheme, content["provenance"]

@@ -11,7 +11,8 @@ Networks", section 3.3.) Both models advance layer by layer together; memory hol
 Which of the outputs' errors matter is not the same for all: with a metric S = E[g gᵀ] of the loss's gradients g at a
 module's output, what is minimised is E[dᵀ(S + I)d] for d = Ŵx̂ − t. E[x xᵀ] and E[g gᵀ] are the two factors of the
 loss's curvature in K-FAC (Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
-Curvature", section 3). At heads 50 %, linear 80 % the validation loss after the sweep is 2.27 instead of 2.32.
+Curvature", section 3). At heads 50 %, linear 80 %, masks by obs, the validation loss after the sweep is 2.242 instead
+of 2.260.
 """
 
 import sys
@@ -107,8 +108,7 @@ def loss_metrics(original, batches: Batches, device) -> dict[str, torch.Tensor]:
         for batch in batches.fixed(device):
             loss(batch)[0].backward()
             for name, output in seen.items():
-                crossed = "EncDecAttention" in name and name.endswith((".k", ".v"))
-                g = output.grad[valid_tokens("encoder." if crossed else name, batch)]
+                g = output.grad[valid_tokens(name, batch)]
                 metrics[name] = metrics.get(name, 0) + g.T @ g
     finally:
         for handle in hooks:

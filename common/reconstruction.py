@@ -43,9 +43,14 @@ def run_stacks(network, batch) -> torch.Tensor:
                            encoder_attention_mask=batch["attention_mask"], use_cache=False)[0]
 
 
+def of_source(name: str) -> bool:
+    """Tell whether a module is applied to source tokens: the encoder's, and k and v of cross-attention."""
+    return name.startswith("encoder.") or name.endswith((".EncDecAttention.k", ".EncDecAttention.v"))
+
+
 def valid_tokens(name: str, batch) -> torch.Tensor:
-    """Return the mask (batch, length) of tokens that count for a module: its stack's, without padding."""
-    return batch["attention_mask"].bool() if name.startswith("encoder.") else batch["labels"] >= 0
+    """Return the mask (batch, length) of tokens that count for a module: those it is applied to, without padding."""
+    return batch["attention_mask"].bool() if of_source(name) else batch["labels"] >= 0
 
 
 def mixed_inputs(probabilities: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -85,7 +90,7 @@ def gather(network, batches: Batches, sites: list[str], device) -> dict[str, Gra
     places = {}
 
     def add(site, x):
-        x = x.flatten(0, 1).index_select(0, places[site.startswith("encoder.")]).float()
+        x = x.flatten(0, 1).index_select(0, places[of_source(site)]).float()
         gram = grams.setdefault(site, Gram(torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=device)))
         gram.tokens += x.shape[0]
         for i in range(0, x.shape[1], PANEL):
@@ -104,7 +109,7 @@ def gather(network, batches: Batches, sites: list[str], device) -> dict[str, Gra
     hooks = [watch(site) for site in sites]
     try:
         for batch in batches.fixed(device):
-            places = {side == "encoder.": valid_tokens(side, batch).flatten().nonzero()[:, 0]
+            places = {of_source(side): valid_tokens(side, batch).flatten().nonzero()[:, 0]
                       for side in ("encoder.", "decoder.")}
             run_stacks(network, batch)
     finally:

@@ -18,7 +18,7 @@ import torch
 
 from common import files
 from common.bank import Bank, Key
-from common.configs import Configuration
+from common.configs import Configuration, is_sealed, sealed
 from common.data import Batches
 from common.files import UserError
 from common.models import Model
@@ -65,22 +65,24 @@ def measure(model: Model, bank: Bank, valid: Batches, device,
 
 
 def write(path: Path, found: Sensitivity, origin: dict[str, str]) -> None:
-    """Write a measurement with the hashes of what it is ``origin``-ally of: {role: SHA-256}."""
+    """Write a measurement, sealed as a scheme is; ``origin`` says what of, {role: SHA-256}."""
     rows = [{"block": block, "rates": list(rates), "validation_loss": loss}
             for (block, rates), loss in found.losses.items()]
-    files.write_json(path, {"format": FORMAT, "version": VERSION, "of": origin, "dense": found.dense,
-                            "variants": rows})
+    files.write_bytes(path, sealed({"format": FORMAT, "version": VERSION, "of": origin, "dense": found.dense,
+                                    "variants": rows}))
 
 
 def read(path: Path, bank: Bank, origin: dict[str, str]) -> Sensitivity:
     """Read a measurement; it must be of this bank, model and text.
 
     Raises:
-        UserError: it is none, or is of something else, with both hashes.
+        UserError: it is none, is damaged, or is of something else, with both hashes.
     """
     content = files.read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
         raise UserError(f"{path}: is not a sensitivity file of this toolkit; remove it, it is measured anew")
+    if not is_sealed(path):
+        raise UserError(f"{path}: was edited after it was made, or is damaged; remove it, it is measured anew")
     of = content.get("of") if isinstance(content.get("of"), dict) else {}
     other = [f"{role}: {files.brief(of.get(role))}, now {sha!r}" for role, sha in origin.items() if of.get(role) != sha]
     if other:

@@ -148,16 +148,14 @@ def _scale(norm: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return norm.clamp_min(float(b.norm()) * 1e-6 + 1e-30)
 
 
-def _conjugate_gradient(apply, b, x, inverse, total, tolerance: float, max_iterations: int,
-                        watch=None) -> tuple[torch.Tensor, int]:
+def _conjugate_gradient(apply, b, x, inverse, total, tolerance: float,
+                        max_iterations: int) -> tuple[torch.Tensor, int]:
     """Solve ``apply(x) = b`` from ``x``; ``total`` sums a product over each system. Return x, iterations."""
     r = b - apply(x)
     scale = _scale(total(b * b).sqrt(), b)
     p = z = r * inverse
     rz = total(r * z)
     iteration = 0
-    if watch:
-        watch(0, x)
     while iteration < max_iterations and float((total(r * r).sqrt() / scale).max()) > tolerance:
         q = apply(p)
         pq = total(p * q)
@@ -168,8 +166,6 @@ def _conjugate_gradient(apply, b, x, inverse, total, tolerance: float, max_itera
         rz, before = total(r * z), rz
         p = z + torch.where(before > 0, rz / before, 0.0) * p
         iteration += 1
-        if watch:
-            watch(iteration, x)
     return x, iteration
 
 

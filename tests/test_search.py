@@ -104,6 +104,14 @@ def test_sensitivities_of_another_bank_are_refused(made, tmp_path, stage):
     assert result.code == 2 and "was measured on something else" in result.err and "bank: " in result.err
 
 
+def test_sensitivities_that_were_edited_are_refused(made, tmp_path, stage):
+    searching(made, tmp_path, stage, "--sparsity", 0.3)
+    path = tmp_path / "s.json"
+    path.write_text(path.read_text().replace('"dense": ', '"dense": 1'))
+    result = searching(made, tmp_path, stage, "--sparsity", 0.3, "--overwrite")
+    assert result.code == 2 and "s.json: was edited after it was made, or is damaged" in result.err
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format": "composable-pruning sensitivity", "version": 1}'])
 def test_a_file_that_holds_no_sensitivities_is_refused(made, tmp_path, stage, content):
     (tmp_path / "s.json").write_text(content)
