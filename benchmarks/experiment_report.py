@@ -72,10 +72,10 @@ def table(result: dict, path: Path) -> None:
 
 
 def equal_time(b: dict, c: dict) -> list[float]:
-    """Return both arms' losses after the same seconds: the shorter run's."""
+    """Return both arms' losses after the same seconds: the shorter run's. Until a run has begun it is at its start."""
     end = min(x["seconds"][-1] + x["setup_seconds"] for x in (b, c))
-    return [min([loss for s, loss in zip(x["seconds"], x["loss"], strict=True) if s + x["setup_seconds"] <= end])
-            for x in (b, c)]
+    return [min([loss for s, loss in zip(x["seconds"], x["loss"], strict=True) if s + x["setup_seconds"] <= end],
+                default=x["loss"][0]) for x in (b, c)]
 
 
 def report(result: dict, folder: Path) -> None:

@@ -34,22 +34,29 @@ def prune_block(network, block: str, variants: list[tuple[float, ...]], criterio
         return network.get_parameter(f"{block}{part}.weight").detach()
 
     name = "" if kind_of(block) == "linear" else ".o"
-    single = list(dict.fromkeys(rates[-1] for rates in variants))
+    w, heads, masks = weight(name), {}, {}
     try:
-        if criterion == "obs":
-            masks = masking.obs_masks(weight(name), single, gram)
-        elif criterion == "wanda":
-            masks = [masking.wanda_mask(weight(name), rate, gram) for rate in single]
-        else:
-            masks = [masking.magnitude_mask(weight(name), rate) for rate in single]
+        for head_rate in dict.fromkeys(rates[:-1] for rates in variants):  # () for a linear block
+            there = torch.ones_like(w[0], dtype=torch.bool)
+            if name and head_rate[0]:
+                count = network.config.num_heads
+                heads[head_rate] = (
+                    masking.head_mask(masking.head_scores(*(weight(f".{part}") for part in HEAD_PARTS), count),
+                                      head_rate[0]) if criterion == "l1"
+                    else masking.head_mask_by_output(w, gram, count, head_rate[0]))
+                there = heads[head_rate].repeat_interleave(len(there) // count)
+            single = [rates[-1] for rates in variants if rates[:-1] == head_rate]
+            if criterion == "obs":
+                found = masking.obs_masks(w, single, gram, there)
+            elif criterion == "wanda":
+                found = [masking.wanda_mask(w, rate, gram, there) for rate in single]
+            else:
+                found = [masking.magnitude_mask(w, rate) for rate in single]
+            masks |= {(*head_rate, rate): mask for rate, mask in zip(single, found, strict=True)}
         for rates in variants:
-            chosen = {f"{block}{name}.weight": masks[single.index(rates[-1])]}
-            if name and rates[0]:
-                q, k, v = (weight(f".{part}") for part in HEAD_PARTS)
-                heads = network.config.num_heads
-                kept = (masking.head_mask(masking.head_scores(q, k, v, heads), rates[0]) if criterion == "l1"
-                        else masking.head_mask_by_output(weight(".o"), gram, heads, rates[0]))
-                parts = masking.attention_masks(kept, q, chosen[f"{block}.o.weight"])
+            chosen = {f"{block}{name}.weight": masks[rates]}
+            if rates[:-1] in heads:
+                parts = masking.attention_masks(heads[rates[:-1]], weight(".q"), masks[rates])
                 chosen = {f"{block}.{part}.weight": mask for part, mask in parts.items()}
             weights = {n: torch.where(mask, network.get_parameter(n).detach(), 0.0) for n, mask in chosen.items()}
             yield Variant(block, rates, weights, chosen)

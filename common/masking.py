@@ -38,17 +38,22 @@ def magnitude_mask(weight: torch.Tensor, rate: float) -> torch.Tensor:
     return smallest_removed(weight.abs(), removed_count(rate, weight.numel()))
 
 
-def wanda_mask(weight: torch.Tensor, rate: float, gram: torch.Tensor) -> torch.Tensor:
+def wanda_mask(weight: torch.Tensor, rate: float, gram: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     """Remove weights of least |w|·‖x‖, the root mean square of their input from E[x xᵀ].
 
     The score is that of Sun et al. (2024, "A Simple and Effective Pruning Approach for Large Language Models");
     they compare within an output row, here the whole matrix is compared, so that the removed count is the rate's.
+
+    Args:
+        there: (in,) bool, False for inputs that are zero in the pruned model (those of removed heads): their weights
+            are the first that the rate removes, and are removed at any rate.
     """
-    scores = weight.double().abs() * gram.diagonal().sqrt()
-    return smallest_removed(scores, removed_count(rate, weight.numel()))
+    scores = torch.where(there, weight.double().abs() * gram.diagonal().sqrt(), -1.0)
+    return smallest_removed(scores, removed_count(rate, weight.numel())) & there
 
 
-def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, damping: float = 1e-2) -> list[torch.Tensor]:
+def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, there: torch.Tensor,
+              damping: float = 1e-2) -> list[torch.Tensor]:
     """Remove, step by step, weights of least w² / [G⁻¹]ⱼⱼ; between two steps the others are re-fitted.
 
     The score is the error a weight alone would leave, its row's others re-fitted: Hassibi & Stork (1993, "Optimal
@@ -56,20 +61,25 @@ def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, damping: float = 
     a fraction of G's mean diagonal, theirs too. Every step leaves `OBS_KEPT` of the weights, whatever the rates, so
     a rate's mask depends on no other rate, and all rates share the fits.
 
+    Args:
+        there: as for `wanda_mask`; the others are re-fitted before the first step too.
+
     Returns:
         A mask for each of ``rates``, in their order.
     """
     ridge = max(damping * float(gram.diagonal().mean()), 1e-30)
-    a = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(a)).diagonal()
-    fitted = weight.double()
-    cross, mask, kept = fitted @ gram, torch.ones_like(weight, dtype=torch.bool), weight.numel()
+    a = (gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device))[there][:, there]
+    inverse = torch.ones_like(gram[0])  # for inputs that are not there of no account
+    inverse[there] = torch.cholesky_inverse(torch.linalg.cholesky(a)).diagonal()
+    cross, mask = weight.double() @ gram, there.expand(weight.shape)
+    kept = int(mask.sum())
+    fitted = weight.double() if there.all() else solve(gram, cross, weight, mask).weight
     masks, pending = {}, sorted(set(rates), reverse=True)
     while pending:
         scores = torch.where(mask, fitted.square() / inverse, -1.0)
         kept = int(OBS_KEPT * kept)
         while pending and weight.numel() - (removed := removed_count(pending[-1], weight.numel())) >= kept:
-            masks[pending.pop()] = smallest_removed(scores, removed)
+            masks[pending.pop()] = smallest_removed(scores, removed) & there
         if pending:
             mask = smallest_removed(scores, weight.numel() - kept)
             fitted = solve(gram, cross, weight, mask).weight
@@ -89,7 +99,7 @@ def head_mask_by_output(o: torch.Tensor, gram: torch.Tensor, heads: int, rate: f
         UserError: the rate would remove every head.
     """
     pairs = ((o.double().T @ o.double()) * gram).view(heads, -1, heads, gram.shape[0] // heads).sum(dim=(1, 3))
-    kept = head_mask(torch.zeros(heads), 0.0)
+    kept = torch.ones(heads, dtype=torch.bool, device=gram.device)
     for _ in range(check_removed_heads(rate, heads)):
         removed = ~kept
         # Adding h to R adds its own loss and what it shares with those removed already, counted twice.
@@ -127,7 +137,7 @@ def attention_masks(heads_kept: torch.Tensor, q: torch.Tensor, o_mask: torch.Ten
     Args:
         q: any weight of q, k, v, shape (heads × d_kv, d_model).
         o_mask: mask of the out-projection by its own rate, shape (d_model, heads × d_kv). The columns that
-            read a removed head multiply zeros, so they are removed too.
+            read a removed head multiply zeros, so they are removed too, if they are not yet.
     """
     inner = heads_kept.repeat_interleave(q.shape[0] // heads_kept.numel())
     rows = inner[:, None].expand(q.shape)

@@ -6,6 +6,8 @@ from torch.nn.utils import prune
 from common import masking
 from common.files import UserError
 
+ALL = torch.ones(20, dtype=torch.bool)  # no input is missing
+
 
 @pytest.mark.parametrize(("rate", "count", "removed"), [
     (0.0, 10, 0), (0.5, 10, 5), (0.25, 10, 3), (0.5, 5, 3), (0.145, 1000, 145), (0.35, 10, 4), (0.99, 10, 10),
@@ -96,7 +98,27 @@ def test_sparsity_counts_a_shared_tensor_once():
 def test_wanda_weighs_magnitude_with_the_inputs_root_mean_square():
     weight = torch.tensor([[3.0, 1.0], [2.0, -4.0]])
     gram = torch.diag(torch.tensor([1.0, 100.0])).double()  # scores 3, 10; 2, 40
-    assert masking.wanda_mask(weight, 0.5, gram).tolist() == [[False, True], [False, True]]
+    both = torch.tensor([True, True])
+    assert masking.wanda_mask(weight, 0.5, gram, both).tolist() == [[False, True], [False, True]]
+
+
+def test_weights_of_removed_heads_are_the_first_that_the_out_projections_rate_removes():
+    weight = torch.tensor([[1.0, 3.0, 8.0, 9.0], [2.0, 4.0, 8.0, 9.0]])
+    gram, there = torch.eye(4).double(), torch.tensor([True, True, False, False])
+    for rate, kept in ((0.0, [[1, 1], [1, 1]]), (0.25, [[1, 1], [1, 1]]), (0.625, [[0, 1], [1, 1]]),
+                       (0.75, [[0, 1], [0, 1]])):
+        expected = [[bool(k) for k in row] + [False] * 2 for row in kept]
+        assert masking.wanda_mask(weight, rate, gram, there).tolist() == expected
+        assert masking.obs_masks(weight, [rate], gram, there)[0].tolist() == expected
+
+
+def test_obs_refits_the_remaining_heads_before_it_chooses():
+    """The second input is the first one's double: alone, the first takes over what the second did."""
+    x, _, _ = obs_example(1, 3)
+    x = torch.stack([x[:, 0], 2 * x[:, 0] + 1e-3 * x[:, 2], x[:, 1]], dim=1)
+    weight, there = torch.tensor([[0.1, 5.0, 2.0]]).double(), torch.tensor([True, False, True])
+    mask = masking.obs_masks(weight, [2 / 3], x.T @ x / 100, there, damping=1e-9)[0]
+    assert mask.tolist() == [[True, False, False]]
 
 
 def obs_example(rows, inputs):
@@ -116,7 +138,7 @@ def test_obs_equals_the_error_of_removing_each_weight_alone():
             fit = torch.linalg.lstsq(x[:, kept], y[:, None]).solution[:, 0]
             errors[i, j] = (y - x[:, kept] @ fit).square().mean()
     expected = masking.smallest_removed(errors, 2)  # what the first step leaves
-    assert torch.equal(masking.obs_masks(weight, [0.25], gram, damping=1e-12)[0], expected)
+    assert torch.equal(masking.obs_masks(weight, [0.25], gram, ALL[:4], damping=1e-12)[0], expected)
 
 
 def test_obs_refits_between_its_steps():
@@ -128,14 +150,14 @@ def test_obs_refits_between_its_steps():
         for i in range(3):
             fitted[i] = 0
             fitted[i, mask[i]] = torch.linalg.lstsq(x[:, mask[i]], x @ weight[i, :, None]).solution[:, 0]
-    assert torch.equal(masking.obs_masks(weight, [0.5], gram, damping=1e-12)[0], mask)
+    assert torch.equal(masking.obs_masks(weight, [0.5], gram, ALL[:10], damping=1e-12)[0], mask)
 
 
 def test_an_obs_mask_does_not_depend_on_the_other_rates():
     _, weight, gram = obs_example(6, 20)
-    together = masking.obs_masks(weight, [0.8, 0.1, 0.5, 0.99], gram)
+    together = masking.obs_masks(weight, [0.8, 0.1, 0.5, 0.99], gram, ALL)
     for rate, mask in zip([0.8, 0.1, 0.5, 0.99], together, strict=True):
-        assert torch.equal(mask, masking.obs_masks(weight, [rate], gram)[0])
+        assert torch.equal(mask, masking.obs_masks(weight, [rate], gram, ALL)[0])
         assert int((~mask).sum()) == masking.removed_count(rate, 120)
 
 
