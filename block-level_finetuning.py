@@ -10,7 +10,6 @@ compositions on the translation loss, so that variants learn to work together. -
     python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
 """
 
-import itertools
 import sys
 import time
 from pathlib import Path
@@ -37,11 +36,11 @@ def build_parser():
                    help="joint: draw these configurations (default: any mixture of the bank's variants)")
     g = p.add_argument_group("exact solver")
     cli.add_calibration(g)
-    g.add_argument("--values", action="store_true",
-                   help="with heads removed, fit v of the kept ones too, in turn with o")
     g.add_argument("--attention-steps", type=cli.index, default=0, metavar="N",
                    help="with heads removed, take N steps of descent on q, k, v and o of the kept ones, then solve o "
-                        "(200 is a good number; goes beyond --values and replaces it there)")
+                        "(200 is a good number)")
+    g.add_argument("--attention-error", type=cli.non_negative, default=0.0, metavar="X",
+                   help="take them only where the exact solution leaves a relative error above X")
     cli.add_memory_budget(g)
     cli.add_training(p, epochs=5, lr=1e-3, stats="block_stats.csv")
     cli.add_data(p)
@@ -56,11 +55,12 @@ def tune_exactly(args, model, opened, writer, device, calibration, valid):
     curve, table, solving, last = reconstruction.Curve(), [], 0.0, 0
     began = time.perf_counter()
     network = models.place(model.network, device)
-    heads = attention.lost_heads(opened) if args.attention_steps else []
     text, shared = (calibration, valid, device), {"budget": args.memory_budget, "damping": args.damping, "curve": curve}
-    exact = reconstruction.tune_exactly(network, opened, *text, **shared, values=args.values, skip=heads)
-    for r in itertools.chain(exact, attention.tune(network, opened, heads, *text, **shared,
-                                                   steps=args.attention_steps)):
+    reports = reconstruction.tune_exactly(network, opened, *text, **shared)
+    if args.attention_steps:
+        reports = attention.tune(network, opened, reports, *text, **shared, steps=args.attention_steps,
+                                 above=args.attention_error)
+    for r in reports:
         writer.add(r.variant)
         rates = " ".join(f"{rate:g}" for rate in r.variant.rates)
         table.append([r.variant.block, rates, r.before, r.after, r.valid_before, r.valid_after, round(r.seconds, 4),
@@ -68,8 +68,13 @@ def tune_exactly(args, model, opened, writer, device, calibration, valid):
         solving, last = solving + r.seconds, max(last, r.iterations)
         print(f"{len(table):4d}/{len(opened.entries)}  {r.variant.block} at {rates}: error {r.valid_before:.4f} -> "
               f"{r.valid_after:.4f}", file=sys.stderr)
-    passes = time.perf_counter() - began - solving
-    return curve.rows(passes, last), table, f"{passes:.1f} s of statistics, {solving:.1f} s of solving"
+    passes = time.perf_counter() - began - solving - curve.passes[1]
+    rows = curve.rows(passes, last)
+    if args.attention_steps:
+        rows.append([last + args.attention_steps, *(sum(row[i] for row in table) / len(table) for i in (3, 5)),
+                     round(solving - sum(row[3] for row in rows[1:]), 4), 0.0])
+    return rows, table, (f"{passes:.1f} s of statistics, {solving:.1f} s of solving, {curve.passes[1]:.1f} s of "
+                         "validation")
 
 
 def tune_by_gradient(args, model, opened, writer, device, train, valid, inputs, configurations):

@@ -216,12 +216,12 @@ def part_a(setting: Setting) -> dict:
 
     def tune(series, rates, sentences, steps=0):
         text, bank = Timed(setting.calibration(sentences)), setting.bank(rates)
-        heads = attention.lost_heads(bank) if steps else []
         options = {"budget": 4 << 30, "damping": solver.DAMPING, "curve": reconstruction.Curve(),
                    "log": lambda text: None}
         place = text, setting.valid, setting.device
-        reports = [*reconstruction.tune_exactly(setting.network, bank, *place, **options, skip=heads),
-                   *attention.tune(setting.network, bank, heads, *place, **options, steps=steps)]
+        reports = reconstruction.tune_exactly(setting.network, bank, *place, **options)
+        reports = list(attention.tune(setting.network, bank, reports, *place, **options, steps=steps)
+                       if steps else reports)
         solving = sum(r.seconds for r in reports)
         masked, tuned = (summary([r.variant.block for r in reports], [getattr(r, when) for r in reports])
                          for when in ("valid_before", "valid_after"))

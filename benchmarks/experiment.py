@@ -4,8 +4,8 @@
 Drives the stages as a user would. Baseline arm: masked model -> baseline_finetuning.py. Composed arm: block level
 once -> model-level_finetuning.py --recalibrate. Same masks, optimizer, data order, validation text and interval; the
 learning rate is chosen for each arm out of one grid on a configuration that is not among the N. Every run ends when
-the validation loss is within --target of the dense model's, or after one epoch; of the first seed a mild, a middle
-and a harsh configuration are also trained for the whole epoch. Resumable: what is there is not made again. Writes
+the validation loss is within --target of the dense model's, or after one epoch; those of the first seed are also
+trained for the whole epoch. Resumable: what is there is not made again. Writes
 experiment.json (every run's loss curve), experiment.csv (a row for each configuration and arm) and the figures into
 --results.
 
@@ -35,7 +35,7 @@ class Experiment:
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.text = ["--data-dir", str(args.data_dir), "--threads", str(args.threads)]
-        self.block = ["--calibration-sentences", "1000", "--attention-steps", str(args.attention_steps)]
+        self.block = ["--attention-steps", str(args.attention_steps), "--attention-error", "0.15"]
         self.sweep = ["--recalibrate", "--metric", "loss", "--calibration-sentences", str(args.calibration_sentences)]
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -142,7 +142,7 @@ def run(args) -> dict:
             done = next(r for r in result["seeds"][0]["runs"] if (r["arm"], r["configuration"]) == job)
             return done if min(done["loss"]) > limit else e.train(e.out / "seed0", arm, n, lrs[arm], None, "_long")
 
-        result["curves"] = list(pool.map(whole, [(arm, n) for n in sorted({0, uniform // 2, uniform - 1})
+        result["curves"] = list(pool.map(whole, [(arm, n) for n in range(args.configurations)
                                                  for arm in ARMS])) if args.seeds else []
     return result
 

@@ -53,7 +53,7 @@ class Bench:
             composition.prune_scheme_by_activations(self.network, scheme, criterion, calibration, "cpu", 4 << 30)
         return list(made), time.perf_counter() - began
 
-    def tune(self, variants, calibration, values=False, steps=0) -> tuple[list, float, float]:
+    def tune(self, variants, calibration, steps=0) -> tuple[list, float, float]:
         """Return the exactly tuned variants, the seconds, and their mean relative error on validation text."""
         path = self.out / "recovery.tmp.npy"
         with bank.create(path, "", "", None, {}) as writer:
@@ -61,11 +61,11 @@ class Bench:
                 writer.add(variant)
         began = time.perf_counter()
         opened = bank.load(path)
-        heads = attention_descent.lost_heads(opened) if steps else []
         text, options = (calibration, self.valid, "cpu"), {"budget": 4 << 30, "damping": 1e-4, "curve": rec.Curve(),
                                                           "log": lambda text: None}
-        reports = [*rec.tune_exactly(self.network, opened, *text, **options, values=values, skip=heads),
-                   *attention_descent.tune(self.network, opened, heads, *text, **options, steps=steps)]
+        reports = rec.tune_exactly(self.network, opened, *text, **options)
+        reports = list(attention_descent.tune(self.network, opened, reports, *text, **options, steps=steps)
+                       if steps else reports)
         path.unlink()
         error = sum(r.valid_after for r in reports) / len(reports)
         return [r.variant for r in reports], time.perf_counter() - began, error
@@ -146,21 +146,19 @@ def attention(b: Bench) -> None:
                 tuned, more, error = b.tune(variants, text, **options)
                 return b.compose(tuned), seconds + more, error
 
-            def gradient(pruned=pruned, values=False, epochs=4):
+            def gradient(pruned=pruned):
                 variants, seconds = pruned()
-                tuned, more, _ = b.tune(variants, text, values)
-                tuned, most, error = b.gradient(tuned, text, epochs)
+                tuned, more, _ = b.tune(variants, text)
+                tuned, most, error = b.gradient(tuned, text, epochs=4)
                 return b.compose(tuned), seconds + more + most, error
 
             at = f"{rate:.0%} of heads by {heads}: "
             b.measure("attention", at + "masked", masked)
             b.measure("attention", at + "o", fitted)
-            b.measure("attention", at + "o and v", lambda fitted=fitted: fitted(values=True))
             for steps in (200, 400):
                 b.measure("attention", at + f"o, {steps} steps on q k v o",
                           lambda fitted=fitted, steps=steps: fitted(steps=steps))
             b.measure("attention", at + "o, then q k v o by gradient", gradient)
-            b.measure("attention", at + "o and v, then gradient", lambda gradient=gradient: gradient(values=True))
 
 
 def linear(b: Bench) -> None:

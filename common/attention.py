@@ -20,18 +20,14 @@ import torch
 from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
-from common.reconstruction import Curve, Report, check_original, run_stacks, valid_tokens
+from common.modules import kind_of
+from common.reconstruction import Curve, Report, run_stacks, valid_tokens
 from common.solver import solve
 
 STEP = 0.05  # of a projection's own size, in the first step; falls linearly to 0
 SENTENCES = 24  # a step, about 512 tokens of Multi30K
 MOMENTUM = 0.9
 WHITENING = 1e-3  # of the inputs' mean square, added before their covariance is inverted
-
-
-def lost_heads(bank: Bank) -> list:
-    """Return the bank's keys that `tune` serves."""
-    return [(block, rates) for block, rates in bank.entries if block.endswith("Attention") and rates[0]]
 
 
 def _bytes(network, block: str, batches: Batches) -> int:
@@ -77,7 +73,8 @@ def _cache(network, batches: Batches, blocks: list[str], device) -> dict[str, li
 class _Heads:
     """The kept heads of all variants of one attention, side by side, as if it had so many."""
 
-    def __init__(self, network, block: str, variants: list[Variant], device):
+    def __init__(self, network, variants: list[Variant], device):
+        block = variants[0].block
         module = network.get_submodule(block)
         self.block, self.width, self.scaling = block, module.key_value_proj_dim, getattr(module, "scaling", 1.0)
         rows = [v.masks[f"{block}.q.weight"].any(dim=1) for v in variants]
@@ -184,67 +181,81 @@ def _orthogonal(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def tune(network, bank: Bank, keys: list, calibration: Batches, valid: Batches, device, *, steps: int, budget: int,
-         damping: float, curve: Curve, log=lambda text: print(text, file=sys.stderr)) -> Iterator[Report]:
-    """Yield the variants of ``keys`` (`lost_heads`), tuned towards the attention's output.
+def tune(network, bank: Bank, exact: Iterator[Report], calibration: Batches, valid: Batches, device, *, steps: int,
+         budget: int, damping: float, curve: Curve, above: float = 0.0,
+         log=lambda text: print(text, file=sys.stderr)) -> Iterator[Report]:
+    """Yield the exact solver's reports, attentions with a large error after further descent.
 
-    A variant whose error on the calibration text the steps did not lower keeps its exact ``o`` and original q, k, v.
+    Steps are for attentions that lost heads; one whose error on the calibration text they did not lower keeps its
+    exact ``o`` and original q, k, v.
 
     Args:
         network: the original model, on ``device``.
+        exact: what `common.reconstruction.tune_exactly` made of ``bank``.
         steps: of descent, for each attention.
         budget: bytes that cached activations may take; less memory means more passes, the same result.
-        curve: filled with the errors as the bank has them (0), with ``o`` solved (1), and at the end (2). Mutated.
+        curve: the seconds of validation are added to it. Mutated.
+        above: only for those which the exact ``o`` leaves a relative error of more than that.
 
     Raises:
-        UserError: one attention alone does not fit into ``budget``; a variant was tuned before; an error by name.
+        UserError: one attention alone does not fit into ``budget``, or an error by name.
     """
+    need = {}
+    for block in dict.fromkeys(block for block, rates in bank.entries if kind_of(block) == "attention" and rates[0]):
+        need[block] = _bytes(network, block, calibration) + _bytes(network, block, valid)
+        if need[block] > budget:
+            raise UserError(f"{block}: its activations need {need[block] / 2**20:.1f} MiB; give --memory-budget at "
+                            "least that, or fewer --calibration-sentences")
+    hard: dict[str, list[Report]] = {}
+    for report in exact:
+        variant = report.variant
+        if kind_of(variant.block) == "attention" and variant.rates[0] and report.after > above:
+            # Read and solved again when its turn comes: all at once may not fit into memory.
+            report.variant = Variant(variant.block, variant.rates, {}, {})
+            hard.setdefault(variant.block, []).append(report)
+        else:
+            yield report
     network.eval().requires_grad_(False)
     network.set_attn_implementation("eager")  # whose masks are additive
     groups, used = [], budget
-    for block in dict.fromkeys(block for block, _ in keys):
-        need = _bytes(network, block, calibration) + _bytes(network, block, valid)
-        if need > budget:
-            raise UserError(f"{block}: its activations need {need / 2**20:.1f} MiB; give --memory-budget at least "
-                            "that, or fewer --calibration-sentences")
-        if used + need > budget:
+    for block in hard:
+        if used + need[block] > budget:
             groups.append([])
             used = 0
         groups[-1].append(block)
-        used += need
+        used += need[block]
     for n, group in enumerate(groups):
         began = time.perf_counter()
-        caches = [_cache(network, split, group, device) for split in (calibration, valid)]
-        log(f"activations {n + 1}/{len(groups)}: {len(group)} attentions, {time.perf_counter() - began:.1f} s")
+        items = _cache(network, calibration, group, device)
+        halfway = time.perf_counter()
+        check = _cache(network, valid, group, device)
+        ended = time.perf_counter()
+        curve.passes[1] += ended - halfway
+        log(f"activations {n + 1}/{len(groups)}: {len(group)} attentions, {ended - began:.1f} s")
         for block in group:
-            variants = [bank.read(key) for key in keys if key[0] == block]
-            for variant in variants:
-                check_original(network, variant, ("q", "k", "v"))
             try:
-                yield from _tune_one(network, block, variants, *(c.pop(block) for c in caches), device, steps, damping,
-                                     curve)
+                yield from _tune_one(network, bank, hard[block], items.pop(block), check.pop(block), device, steps,
+                                     damping, curve)
             except ArithmeticError as problem:
                 raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent inputs") from None
 
 
-def _tune_one(network, block, variants, items, check, device, steps, damping, curve) -> Iterator[Report]:
-    heads, spent, rows, results = _Heads(network, block, variants, device), 0.0, [], []
-
-    def note(work, *args):
-        nonlocal spent
-        began = time.perf_counter()
-        work(*args)
-        spent += time.perf_counter() - began
-        rows.append([len(rows), spent, heads.errors(items), heads.errors(check)])
-        results.append(list(heads.variants(variants)))
-
-    note(lambda: None)
-    note(heads.solve_o, items, damping)
-    note(lambda: (heads.descend(items, steps), heads.solve_o(items, damping)))
-    for i in range(len(variants)):
-        if not rows[2][2][i] < rows[1][2][i]:
-            rows[2][2][i], rows[2][3][i], results[2][i] = rows[1][2][i], rows[1][3][i], results[1][i]
-    curve.add(rows)
-    (_, _, before, valid_before), _, (_, _, after, valid_after) = rows
-    for i, variant in enumerate(results[2]):
-        yield Report(variant, before[i], after[i], valid_before[i], valid_after[i], spent / len(variants), 2)
+def _tune_one(network, bank, exact, items, check, device, steps, damping, curve) -> Iterator[Report]:
+    began = time.perf_counter()
+    variants = [bank.read(report.variant.key) for report in exact]
+    heads = _Heads(network, variants, device)
+    heads.solve_o(items, damping)
+    solved = list(heads.variants(variants))
+    heads.descend(items, steps)
+    heads.solve_o(items, damping)
+    errors = heads.errors(items)
+    seconds = (time.perf_counter() - began) / len(variants)
+    began = time.perf_counter()
+    valid_errors = heads.errors(check)
+    curve.passes[1] += time.perf_counter() - began
+    for report, kept, *tuned in zip(exact, solved, heads.variants(variants), errors, valid_errors, strict=True):
+        report.seconds += seconds
+        report.variant = kept
+        if tuned[1] < report.after:
+            report.variant, report.after, report.valid_after = tuned
+        yield report

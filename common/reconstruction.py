@@ -11,7 +11,7 @@ convergence (`common.solver`).
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,9 +21,8 @@ from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
 from common.modules import HEAD_PARTS, kind_of
-from common.solver import LOGGED, solve, solve_values, spread
+from common.solver import LOGGED, solve
 
-VALUE_ROUNDS = 2  # of v between fits of o; a third lowers the error by less than 2 %
 PANEL = 128  # columns of a Gram matrix computed at a time, from the diagonal on: half of 512 x 512 is never computed
 
 
@@ -53,26 +52,10 @@ def valid_tokens(name: str, batch) -> torch.Tensor:
     return batch["attention_mask"].bool() if of_source(name) else batch["labels"] >= 0
 
 
-def mixed_inputs(probabilities: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Return what each head's v is applied to: the states mixed by its attention weights.
-
-    Args:
-        probabilities: (batch, heads, tgt_len, src_len).
-        states: (batch, src_len, d_model).
-
-    Returns:
-        (batch, tgt_len, heads × d_model).
-    """
-    return torch.einsum("bhts,bsd->bthd", probabilities, states).flatten(2)
-
-
-def input_site(block: str, values: bool = False) -> str:
-    """Return the site whose statistics decide a block's solution; gated feed-forwards share one.
-
-    An attention's is the input of its ``o``, or with ``values`` the attention itself: its mixed inputs.
-    """
+def input_site(block: str) -> str:
+    """Return the linear module whose input's statistics decide a block's solution; gated feed-forwards share one."""
     if kind_of(block) == "attention":
-        return block if values else f"{block}.o"
+        return f"{block}.o"
     return f"{block[:-1]}0" if block.endswith(".wi_1") else block
 
 
@@ -97,14 +80,7 @@ def gather(network, batches: Batches, sites: list[str], device) -> dict[str, Gra
             gram.matrix[i:i + PANEL, i:] += x[:, i:i + PANEL].T @ x[:, i:]
 
     def watch(site):
-        module = network.get_submodule(site)
-        if kind_of(site) != "attention":
-            return module.register_forward_pre_hook(lambda _, inputs: add(site, inputs[0]))
-
-        def mix(_, args, kwargs, output):
-            states = kwargs.get("key_value_states")
-            add(site, mixed_inputs(output[2], args[0] if states is None else states))
-        return module.register_forward_hook(mix, with_kwargs=True)
+        return network.get_submodule(site).register_forward_pre_hook(lambda _, inputs: add(site, inputs[0]))
 
     hooks = [watch(site) for site in sites]
     try:
@@ -150,12 +126,16 @@ class Report:
 
 @dataclass
 class Curve:
-    """Mean relative error of all variants after each logged solver iteration, on calibration and validation text."""
+    """Mean relative error of all variants after each logged solver iteration, on calibration and validation text.
+
+    ``passes``: seconds of the forward passes over the two texts.
+    """
 
     train: dict[int, float] = field(default_factory=dict)
     valid: dict[int, float] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     variants: int = 0
+    passes: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def add(self, history: list[tuple[int, float, list[float], list[float]]]) -> None:
         """Add one solve: (iteration, seconds, train errors, validation errors of its variants) rows."""
@@ -168,31 +148,33 @@ class Curve:
             self.seconds[logged] = self.seconds.get(logged, 0.0) + seconds
 
     def rows(self, gather_seconds: float, last: int) -> list[list]:
-        """Return rows for the statistics CSV, epoch = solver iteration; the first holds the passes' seconds.
+        """Return rows for the statistics CSV, epoch = solver iteration; the last, at ``last``, has the final errors.
 
-        The last row, at iteration ``last``, holds the final errors.
+        The first holds the seconds of gathering statistics, and those of validation.
         """
         result, before = [], 0.0
         for i in [0, *(n for n in LOGGED if 0 < n < last), *([math.inf] if last else ())]:
             seconds = gather_seconds if i == 0 else self.seconds[i] - before
             before = self.seconds[i]
             result.append([min(i, last), self.train[i] / self.variants, self.valid[i] / self.variants,
-                           round(seconds, 4), 0.0])
+                           round(seconds, 4), round(0.0 if i else self.passes[1], 4)])
         return result
 
 
-def grouped(network, sites: list[str], splits: list[Batches], device, budget: int,
+def grouped(network, sites: list[str], splits: list[Batches], device, budget: int, passes: list[float] | None = None,
             log=lambda text: print(text, file=sys.stderr)) -> Iterator[tuple]:
     """Yield (site, its Gram on each split) in the order of ``sites``, with as few passes as memory allows.
 
     A site needs a float64 Gram matrix for each split, and the work on it three more of its size.
 
+    Args:
+        passes: the seconds of the passes over each split are added to it. Mutated.
+
     Raises:
         UserError: one site alone does not fit into ``budget`` bytes, or a group not into memory; before any pass.
     """
     def size(site):
-        module = network.get_submodule(site)
-        return 8 * (module.n_heads * module.d_model if kind_of(site) == "attention" else module.in_features) ** 2
+        return 8 * network.get_submodule(site).in_features ** 2
 
     groups: list[list[str]] = [[]] if sites else []
     for site in sites:
@@ -208,10 +190,15 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
         raise UserError(f"the statistics take {needed / 2**20:.1f} MiB of memory, {there / 2**20:.1f} are available; "
                         "give a smaller --memory-budget")
     for n, group in enumerate(groups):
-        began = time.perf_counter()
-        grams = [gather(network, split, group, device) for split in splits]
+        grams, seconds = [], []
+        for split in splits:
+            began = time.perf_counter()
+            grams.append(gather(network, split, group, device))
+            seconds.append(time.perf_counter() - began)
+        if passes is not None:
+            passes[:] = (a + b for a, b in zip(passes, seconds, strict=True))
         log(f"statistics {n + 1}/{len(groups)}: {len(group)} inputs, {grams[0][group[0]].tokens:,} tokens, "
-            f"{time.perf_counter() - began:.1f} s")
+            f"{sum(seconds):.1f} s")
         for site in group:
             gram = grams[0][site]
             if gram.tokens < gram.matrix.shape[0]:
@@ -221,37 +208,32 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
 
 
 def tune_exactly(network, bank: Bank, calibration: Batches, valid: Batches, device, *, budget: int, damping: float,
-                 curve: Curve, values: bool = False, skip: Collection = (),
-                 log=lambda text: print(text, file=sys.stderr)) -> Iterator[Report]:
+                 curve: Curve, log=lambda text: print(text, file=sys.stderr)) -> Iterator[Report]:
     """Yield every variant of a bank, re-fitted exactly to the original's outputs.
 
     A linear block's weights, and the out-projection of an attention with its kept heads, become the least-squares
-    solution on the calibration text. q and k of kept heads stay, and v unless ``values``. All variants of a block
-    share its statistics; those of a linear map are solved together.
+    solution on the calibration text. q, k and v of kept heads stay. All variants of a block share its statistics and
+    are solved together.
 
     Args:
         network: the original model, on ``device``.
         budget: bytes that statistics may take at a time; less memory means more passes, the same result.
         curve: filled with the errors over solver iterations. Mutated.
-        values: fit v of the kept heads too, in turn with ``o``.
-        skip: keys of variants that are left out.
+
+    Raises:
+        UserError: an error by name, or an attention whose q, k or v were tuned before.
     """
     blocks: dict[str, list] = {}
-    for block, rates in bank.entries:
-        if (block, rates) not in skip:
-            blocks.setdefault(block, []).append((block, rates))
+    for key in bank.entries:
+        blocks.setdefault(key[0], []).append(key)
     by_site: dict[str, list[str]] = {}
-    for block, keys in blocks.items():
-        mixed = values and kind_of(block) == "attention" and any(rates[0] for _, rates in keys)
-        by_site.setdefault(input_site(block, mixed), []).append(block)
-    if values:
-        network.set_attn_implementation("eager")  # the one that returns the attention's weights
-    for site, (gram, check) in grouped(network, list(by_site), [calibration, valid], device, budget, log):
+    for block in blocks:
+        by_site.setdefault(input_site(block), []).append(block)
+    for site, (gram, check) in grouped(network, list(by_site), [calibration, valid], device, budget, curve.passes, log):
         for block in by_site[site]:
-            fit = _fit_attention if site == block and kind_of(block) == "attention" else _fit_rows
             variants = [bank.read(key) for key in blocks[block]]
             try:
-                yield from fit(network, block, variants, gram, check, device, damping, curve)
+                yield from _fit(network, block, variants, gram, check, device, damping, curve)
             except ArithmeticError as problem:
                 raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent "
                                 "inputs") from None
@@ -289,9 +271,9 @@ class _History:
                          iterations)
 
 
-def check_original(network, variant: Variant, parts: tuple[str, ...]) -> None:
-    """Raise `UserError` unless these projections are still the original's, on whose outputs ``o`` is fitted."""
-    for part in parts:
+def check_original(network, variant: Variant) -> None:
+    """Raise `UserError` unless q, k and v are still the original's, on whose outputs ``o`` is fitted."""
+    for part in HEAD_PARTS:
         name = f"{variant.block}.{part}.weight"
         if name in variant.weights and not torch.equal(
                 variant.weights[name], torch.where(variant.masks[name], network.get_parameter(name).cpu(), 0.0)):
@@ -299,10 +281,10 @@ def check_original(network, variant: Variant, parts: tuple[str, ...]) -> None:
                             "original's; give the bank that prune.py wrote, or --solver adamw")
 
 
-def _fit_rows(network, block, variants, gram, check, device, damping, curve) -> Iterator[Report]:
+def _fit(network, block, variants, gram, check, device, damping, curve) -> Iterator[Report]:
     name = f"{block}.o.weight" if kind_of(block) == "attention" else f"{block}.weight"
     for variant in variants:
-        check_original(network, variant, HEAD_PARTS)
+        check_original(network, variant)
     target = network.get_parameter(name).detach()
     stacked = target.repeat(len(variants), 1)
     mask = torch.cat([v.masks[name] for v in variants]).to(device)
@@ -320,38 +302,3 @@ def _fit_rows(network, block, variants, gram, check, device, damping, curve) -> 
     for variant, part in zip(variants, parts, strict=True):
         variant.weights[name] = part.cpu()
     yield from history.reports(variants, curve)
-
-
-def _fit_attention(network, block, variants, gram, check, device, damping, curve) -> Iterator[Report]:
-    """Fit ``o`` and v of the kept heads in turn; the errors over iterations count both solvers' iterations."""
-    attention = network.get_submodule(block)
-    heads = attention.n_heads
-    o, v = (getattr(attention, part).weight.detach().double() for part in ("o", "v"))
-    target = o @ spread(v, heads)
-    cross = target @ gram
-    for variant in variants:
-        check_original(network, variant, ("q", "k"))
-        history = _History(block, target, gram, check)
-        mask = variant.masks[f"{block}.o.weight"].to(device)
-        rows = variant.masks.get(f"{block}.v.weight")
-        kept = torch.ones(heads, dtype=torch.bool) if rows is None else rows[:: rows.shape[0] // heads, 0]
-        kept = kept.to(device)
-        new_o, new_v, iterations = torch.where(mask, o, 0.0), v, 0
-        history.note(0, [new_o @ spread(new_v, heads)])
-        history.start()
-        for turn in range(2 * VALUE_ROUNDS + 1 if rows is not None else 1):
-            if turn % 2 == 0:
-                mixing = spread(new_v, heads)
-                solution = solve(mixing @ gram @ mixing.T, cross @ mixing.T, new_o, mask, damping)
-                new_o = solution.weight
-            else:
-                solution = solve_values(gram, cross, new_o, new_v, kept, damping)
-                new_v = solution.weight
-            iterations += solution.iterations
-            history.stop()
-            history.note(iterations, [new_o @ spread(new_v, heads)])
-            history.start()
-        variant.weights[f"{block}.o.weight"] = new_o.float().cpu()
-        if rows is not None:
-            variant.weights[f"{block}.v.weight"] = torch.where(rows.to(device), new_v, 0.0).float().cpu()
-        yield from history.reports([variant], curve)

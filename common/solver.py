@@ -1,4 +1,4 @@
-"""Masked least squares by conjugate gradient: many rows at once, and a head's v through its ``o``.
+"""Masked least squares by conjugate gradient, many rows at once.
 
 The method is preconditioned conjugate gradient on the normal equations with the diagonal as preconditioner (Saad
 2003, "Iterative Methods for Sparse Linear Systems", algorithm 9.1), in float32 where that is precise enough; what
@@ -167,44 +167,3 @@ def _conjugate_gradient(apply, b, x, inverse, total, tolerance: float,
         p = z + torch.where(before > 0, rz / before, 0.0) * p
         iteration += 1
     return x, iteration
-
-
-def spread(v: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return the block-diagonal matrix (heads × d_kv, heads × d_model) that applies each head's v to its input."""
-    return torch.block_diag(*v.view(heads, -1, v.shape[1]))
-
-
-def solve_values(gram: torch.Tensor, cross: torch.Tensor, o: torch.Tensor, v: torch.Tensor, heads_kept: torch.Tensor,
-                 damping: float, tolerance: float = 1e-3) -> Solution:
-    """Fit v of the kept heads to an attention's output, given its attention weights and its ``o``.
-
-    With z the mixed inputs (`mixed_inputs`), the output is Σ_h O_h V_h z_h, linear in V, so that with G = E[z zᵀ]
-    and C = E[y zᵀ] the normal equations are O_hᵀ (Σ_h' O_h' V_h' G_h'h + λV_h) = O_hᵀ C_h + λV_h.
-
-    Args:
-        gram: G, (heads × d_model, heads × d_model), float64.
-        cross: C, (d_model, heads × d_model).
-        o: (d_model, heads × d_kv), zero outside its mask.
-        v: (heads × d_kv, d_model), where the iteration starts and what damping pulls to.
-        heads_kept: bool, (heads,).
-    """
-    heads = heads_kept.numel()
-    out, width = o.shape[0], v.shape[1]
-    by_head = o.view(out, heads, -1)
-    start = v.view(heads, -1, width)
-    kept = heads_kept[:, None, None]
-    squares = by_head.square().sum(dim=0)
-    ridge = damping * float(gram.diagonal().mean()) * float(squares.sum() / squares.count_nonzero().clamp_min(1))
-
-    def back(y):  # (out, heads × d_model) -> (heads, d_kv, d_model)
-        return torch.where(kept, torch.einsum("ohk,ohd->hkd", by_head, y.view(out, heads, width)), 0.0)
-
-    def apply(p):
-        return back(o @ spread(p.reshape(v.shape), heads) @ gram) + ridge * p
-
-    b = back(cross) + ridge * start * kept
-    inverse = 1 / (squares[:, :, None] * gram.diagonal().view(heads, 1, width) + ridge)
-    x, iterations = _conjugate_gradient(apply, b, start * kept, inverse, torch.sum, tolerance, MAX_ITERATIONS)
-    solution = _checked(x, iterations, b - apply(x), b, tolerance)
-    solution.weight = solution.weight.reshape(v.shape)
-    return solution

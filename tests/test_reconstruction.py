@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from common import bank, models, reconstruction
 from common.files import UserError
-from common.solver import solve, solve_values
+from common.solver import solve
 
 
 def brute_force(gram, target, mask, damping):
@@ -152,55 +152,6 @@ def test_an_activation_that_is_not_finite_is_named(made, text):
 
 def test_gated_feed_forwards_share_their_input():
     assert reconstruction.input_site("encoder.block.0.layer.1.DenseReluDense.wi_1").endswith("wi_0")
-
-
-@settings(max_examples=25, deadline=None)
-@given(heads=st.integers(1, 3), width=st.integers(1, 2), d=st.integers(2, 4), tokens=st.integers(1, 40),
-       seed=st.integers(0, 1000))
-def test_fitting_v_equals_brute_force_on_the_stacked_system(heads, width, d, tokens, seed):
-    g = torch.Generator().manual_seed(seed)
-    z = torch.randn(tokens, heads * d, generator=g, dtype=torch.float64)
-    o, v = (torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((d, heads * width), (heads * width, d)))
-    y = torch.randn(tokens, d, generator=g, dtype=torch.float64)
-    gram, cross = z.T @ z / tokens, y.T @ z / tokens
-    kept = torch.rand(heads, generator=g) < 0.7
-    damping = 1e-3
-    solution = solve_values(gram, cross, o, v, kept, damping, tolerance=1e-9)
-    squares = o.view(d, heads, width).square().sum(dim=0)
-    ridge = damping * gram.diagonal().mean() * squares.mean()
-    # Each v[r, c] of a kept head contributes o[:, r] z[head(r), c] to the output: one column of a design matrix.
-    columns, places = [], []
-    for r in range(heads * width):
-        for c in range(d):
-            if kept[r // width]:
-                columns.append((o[:, r][None, :] * z[:, (r // width) * d + c][:, None]).flatten() / tokens ** 0.5)
-                places.append((r, c))
-    expected = torch.zeros_like(v)
-    if columns:
-        design = torch.stack(columns, dim=1)
-        normal = design.T @ design + ridge * torch.eye(len(places), dtype=torch.float64)
-        prior = torch.stack([v[p] for p in places])
-        right = design.T @ y.flatten() / tokens ** 0.5 + ridge * prior
-        best = torch.cholesky_solve(right[:, None], torch.linalg.cholesky(normal))[:, 0]
-        for place, value in zip(places, best, strict=True):
-            expected[place] = value
-    assert torch.allclose(solution.weight, expected, atol=1e-4)
-
-
-def test_fitting_values_too_lowers_the_error_of_attentions_further(made, text):
-    model = models.load(made / "origin.pth")
-    runs = [list(reconstruction.tune_exactly(
-        model.network, bank.load(made / "pruned.npy"), text[0], text[0], "cpu", budget=1 << 30, damping=1e-5,
-        curve=reconstruction.Curve(), values=values, log=lambda t: None)) for values in (False, True)]
-    for plain, more in zip(*runs, strict=True):
-        assert plain.variant.key == more.variant.key
-        assert plain.before == pytest.approx(more.before, rel=1e-4)
-        if "Attention" in plain.variant.block:
-            assert more.after < 0.99 * plain.after, plain.variant.key
-            assert not more.variant.weights[f"{plain.variant.block}.v.weight"][
-                ~more.variant.masks[f"{plain.variant.block}.v.weight"]].any()
-        else:
-            assert more.after == pytest.approx(plain.after, rel=1e-3)
 
 
 def test_lm_head_is_not_computed(made, text):
