@@ -30,7 +30,7 @@ from common.reconstruction import valid_tokens
 from common.solver import solve, solve_weighted
 from common.training import TranslationLoss, evaluate, shift_right
 
-METRIC_SENTENCES = 250  # the gradients are taken from; with 1,000 the loss after the sweep is 0.008 lower
+METRIC_SENTENCES = 125  # the gradients are taken from; 250 lower the loss after the sweep by less than 0.001
 
 
 @dataclass
