@@ -69,6 +69,7 @@ class TranslationLoss(nn.Module):
     def __init__(self, network):
         super().__init__()
         self.network = network
+        self.training = network.training  # else `evaluate` would leave a network that was evaluated in training mode
 
     def forward(self, batch):
         labels = batch["labels"]

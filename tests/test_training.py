@@ -66,6 +66,7 @@ def test_the_loss_is_averaged_over_tokens_not_batches(origin, text):
             out = origin.network(input_ids=torch.tensor([example.source]), labels=torch.tensor([example.target]))
         total, count = total + float(out.loss) * len(example.target), count + len(example.target)
     assert training.evaluate(TranslationLoss(origin.network), text[1], "cpu") == pytest.approx(total / count, rel=1e-5)
+    assert not origin.network.training
 
 
 def test_the_best_epoch_is_kept_even_if_it_is_the_start(made, text, tmp_path):
