@@ -2,6 +2,7 @@
 # Expects: python, out (folder), origin (dense .pth), data (array of flags), rates (array of flags for
 # config_generator.py), train (array of flags for both arms). A file that is there is not made again, so a run that
 # was stopped goes on where it was.
+# CRITERION (default l1) is that of prune.py; RECALIBRATE=1 recalibrates what is composed out of the tuned bank.
 
 make() { # make FILE COMMAND…: run the command unless its output is there
     local file=$1
@@ -12,10 +13,14 @@ make() { # make FILE COMMAND…: run the command unless its output is there
     fi
 }
 
+sweep=()
+if [ -n "${RECALIBRATE:-}" ]; then
+    sweep=(--recalibrate --metric loss)
+fi
 make "$out/conf.json" config_generator.py -m "$origin" -o "$out/conf.json" "${rates[@]}"
 make "$out/conf_prune.json" prune_scheme_generator.py -i "$out/conf.json" -o "$out/conf_prune.json"
 make "$out/pruned_modules.npy" prune.py -m "$origin" -c "$out/conf_prune.json" -o "$out/pruned_modules.npy" \
-    -p "$out/pruned_test_model.pth"
+    -p "$out/pruned_test_model.pth" --criterion "${CRITERION:-l1}" "${data[@]}"
 make "$out/finetuned_modules.npy" block-level_finetuning.py -m "$origin" -p "$out/pruned_modules.npy" \
     -o "$out/finetuned_modules.npy" --stats "$out/block.csv" --overwrite "${data[@]}"
 
@@ -25,9 +30,9 @@ for ((n = 0; n < configurations; n++)); do
     compose=(-m "$origin" -c "$out/conf.json" -n "$n")
     make "$out/pruned_$n.pth" compose_model.py "${compose[@]}" -p "$out/pruned_modules.npy" -o "$out/pruned_$n.pth"
     make "$out/composed_$n.pth" compose_model.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
-        -o "$out/composed_$n.pth"
+        -o "$out/composed_$n.pth" "${sweep[@]}" "${data[@]}"
     make "$out/finetuned_$n.pth" model-level_finetuning.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
-        -o "$out/finetuned_$n.pth" --stats "$out/finetuned_$n.csv" --resume "${data[@]}" "${train[@]}"
+        -o "$out/finetuned_$n.pth" --stats "$out/finetuned_$n.csv" --resume "${sweep[@]}" "${data[@]}" "${train[@]}"
     make "$out/baseline_$n.pth" baseline_finetuning.py -m "$out/pruned_$n.pth" \
         -o "$out/baseline_$n.pth" --stats "$out/baseline_$n.csv" --resume "${data[@]}" "${train[@]}"
     make "$out/loss_$n.png" plot_loss.py "$out/finetuned_$n.csv" "$out/baseline_$n.csv" -x seconds \
