@@ -68,12 +68,12 @@ def tune_exactly(args, model, opened, writer, device, calibration, valid):
         solving, last = solving + r.seconds, max(last, r.iterations)
         print(f"{len(table):4d}/{len(opened.entries)}  {r.variant.block} at {rates}: error {r.valid_before:.4f} -> "
               f"{r.valid_after:.4f}", file=sys.stderr)
-    passes = time.perf_counter() - began - solving - curve.passes[1]
+    passes = time.perf_counter() - began - solving - curve.validation
     rows = curve.rows(passes, last)
     if args.attention_steps:
         rows.append([last + args.attention_steps, *(sum(row[i] for row in table) / len(table) for i in (3, 5)),
                      round(solving - sum(row[3] for row in rows[1:]), 4), 0.0])
-    return rows, table, (f"{passes:.1f} s of statistics, {solving:.1f} s of solving, {curve.passes[1]:.1f} s of "
+    return rows, table, (f"{passes:.1f} s of statistics, {solving:.1f} s of solving, {curve.validation:.1f} s of "
                          "validation")
 
 

@@ -230,7 +230,7 @@ def tune(network, bank: Bank, exact: Iterator[Report], calibration: Batches, val
         halfway = time.perf_counter()
         check = _cache(network, valid, group, device)
         ended = time.perf_counter()
-        curve.passes[1] += ended - halfway
+        curve.validation += ended - halfway
         log(f"activations {n + 1}/{len(groups)}: {len(group)} attentions, {ended - began:.1f} s")
         for block in group:
             try:
@@ -252,7 +252,7 @@ def _tune_one(network, bank, exact, items, check, device, steps, damping, curve)
     seconds = (time.perf_counter() - began) / len(variants)
     began = time.perf_counter()
     valid_errors = heads.errors(check)
-    curve.passes[1] += time.perf_counter() - began
+    curve.validation += time.perf_counter() - began
     for report, kept, *tuned in zip(exact, solved, heads.variants(variants), errors, valid_errors, strict=True):
         report.seconds += seconds
         report.variant = kept

@@ -128,14 +128,14 @@ class Report:
 class Curve:
     """Mean relative error of all variants after each logged solver iteration, on calibration and validation text.
 
-    ``passes``: seconds of the forward passes over the two texts.
+    ``validation``: seconds spent on validation text.
     """
 
     train: dict[int, float] = field(default_factory=dict)
     valid: dict[int, float] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     variants: int = 0
-    passes: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    validation: float = 0.0
 
     def add(self, history: list[tuple[int, float, list[float], list[float]]]) -> None:
         """Add one solve: (iteration, seconds, train errors, validation errors of its variants) rows."""
@@ -157,18 +157,18 @@ class Curve:
             seconds = gather_seconds if i == 0 else self.seconds[i] - before
             before = self.seconds[i]
             result.append([min(i, last), self.train[i] / self.variants, self.valid[i] / self.variants,
-                           round(seconds, 4), round(0.0 if i else self.passes[1], 4)])
+                           round(seconds, 4), round(0.0 if i else self.validation, 4)])
         return result
 
 
-def grouped(network, sites: list[str], splits: list[Batches], device, budget: int, passes: list[float] | None = None,
+def grouped(network, sites: list[str], splits: list[Batches], device, budget: int, curve: Curve | None = None,
             log=lambda text: print(text, file=sys.stderr)) -> Iterator[tuple]:
     """Yield (site, its Gram on each split) in the order of ``sites``, with as few passes as memory allows.
 
     A site needs a float64 Gram matrix for each split, and the work on it three more of its size.
 
     Args:
-        passes: the seconds of the passes over each split are added to it. Mutated.
+        curve: the seconds of the passes over all splits but the first are added to its ``validation``. Mutated.
 
     Raises:
         UserError: one site alone does not fit into ``budget`` bytes, or a group not into memory; before any pass.
@@ -195,8 +195,8 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
             began = time.perf_counter()
             grams.append(gather(network, split, group, device))
             seconds.append(time.perf_counter() - began)
-        if passes is not None:
-            passes[:] = (a + b for a, b in zip(passes, seconds, strict=True))
+        if curve:
+            curve.validation += sum(seconds[1:])
         log(f"statistics {n + 1}/{len(groups)}: {len(group)} inputs, {grams[0][group[0]].tokens:,} tokens, "
             f"{sum(seconds):.1f} s")
         for site in group:
@@ -229,7 +229,7 @@ def tune_exactly(network, bank: Bank, calibration: Batches, valid: Batches, devi
     by_site: dict[str, list[str]] = {}
     for block in blocks:
         by_site.setdefault(input_site(block), []).append(block)
-    for site, (gram, check) in grouped(network, list(by_site), [calibration, valid], device, budget, curve.passes, log):
+    for site, (gram, check) in grouped(network, list(by_site), [calibration, valid], device, budget, curve, log):
         for block in by_site[site]:
             variants = [bank.read(key) for key in blocks[block]]
             try:
