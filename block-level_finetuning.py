@@ -10,6 +10,8 @@ compositions on the translation loss, so that variants learn to work together. -
     python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
 """
 
+import dataclasses
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -41,6 +43,9 @@ def build_parser():
                         "(200 is a good number)")
     g.add_argument("--attention-error", type=cli.non_negative, default=0.0, metavar="X",
                    help="take them only where the exact solution leaves a relative error above X")
+    g.add_argument("--hidden-sentences", type=cli.index, default=0, metavar="N",
+                   help="fit wi for the hidden units behind its ReLU, with moments of every unit from N training pairs "
+                        "(500 is a good number); its errors are then those of the units")
     cli.add_memory_budget(g)
     cli.add_training(p, epochs=5, lr=1e-3, stats="block_stats.csv")
     cli.add_data(p)
@@ -50,16 +55,21 @@ def build_parser():
 
 def tune_exactly(args, model, opened, writer, device, calibration, valid):
     """Write the least-squares solutions; return the statistics' rows, the variants' rows and a summary."""
-    from common import attention, models, reconstruction
+    from common import attention, data, hidden, models, reconstruction
 
     curve, table, solving, last = reconstruction.Curve(), [], 0.0, 0
     began = time.perf_counter()
     network = models.place(model.network, device)
     text, shared = (calibration, valid, device), {"budget": args.memory_budget, "damping": args.damping, "curve": curve}
-    reports = reconstruction.tune_exactly(network, opened, *text, **shared)
+    by_units = {key for key in opened.entries if args.hidden_sentences and hidden.is_input(key[0])}
+    others = dataclasses.replace(opened, entries={k: e for k, e in opened.entries.items() if k not in by_units})
+    reports = reconstruction.tune_exactly(network, others, *text, **shared)
     if args.attention_steps:
         reports = attention.tune(network, opened, reports, *text, **shared, steps=args.attention_steps,
                                  above=args.attention_error)
+    if by_units:
+        few = data.load_train(args, model, args.hidden_sentences)
+        reports = itertools.chain(reports, hidden.tune(network, opened, few, valid, device, **shared))
     for r in reports:
         writer.add(r.variant)
         rates = " ".join(f"{rate:g}" for rate in r.variant.rates)
@@ -115,7 +125,7 @@ def main(argv=None) -> int:
             raise cli.UserError("-c says what --solver joint draws; the other solvers tune each variant apart")
         cli.check_inputs(args.configurations)
     cli.check_training(args, args.variants)
-    from common import bank, configs, data, files, models, runtime, training
+    from common import bank, configs, data, files, hidden, models, runtime, training
     from common.provenance import provenance
 
     device = runtime.setup(args.device, args.seed, args.threads)
@@ -133,7 +143,8 @@ def main(argv=None) -> int:
         train, valid = data.load_batches(args, model, args.calibration_sentences if args.solver == "exact" else None)
         inputs |= {"training text": data.text_input(args, train), "validation text": data.text_input(args, valid)}
         origin = provenance("block-level_finetuning.py", args, inputs)
-        with bank.create(args.output, model.identity, opened.scheme, args.solver, origin) as writer:
+        tuned = hidden.TUNED if args.solver == "exact" and args.hidden_sentences else args.solver
+        with bank.create(args.output, model.identity, opened.scheme, tuned, origin) as writer:
             if args.solver == "exact":
                 rows, table, summary = tune_exactly(args, model, opened, writer, device, train, valid)
                 files.write_bytes(args.stats, training.statistics_csv(rows, training.COLUMNS[:5]))

@@ -35,7 +35,8 @@ class Experiment:
     def __init__(self, args):
         self.args, self.out = args, args.out
         self.text = ["--data-dir", str(args.data_dir), "--threads", str(args.threads)]
-        self.block = ["--attention-steps", str(args.attention_steps), "--attention-error", "0.15"]
+        self.block = ["--attention-steps", str(args.attention_steps), "--attention-error", "0.15",
+                      "--hidden-sentences", "500"]
         self.sweep = ["--recalibrate", "--metric", "loss", "--calibration-sentences", str(args.calibration_sentences)]
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -93,9 +94,8 @@ class Experiment:
                 "seconds": [round(sum(r["train_seconds"] for r in rows[:i + 1]), 3) for i in range(len(rows))],
                 "validation_seconds": round(sum(r["valid_seconds"] for r in rows), 2)}
 
-    def evaluate(self, folder: Path, models: list[Path]) -> dict[str, dict]:
-        """Return scores by file name."""
-        scores = folder / "scores.json"
+    def evaluate(self, scores: Path, models: list[Path]) -> dict[str, dict]:
+        """Write scores, return them by file name."""
         self.stage(scores, "evaluate", "-m", *models, "--json", scores, "--examples", 1, "--overwrite", *self.text)
         keys = ("bleu", "chrf", "validation_loss", "parameters", "zeros")
         return {Path(row["model"]).stem: {k: row[k] for k in keys}
@@ -105,7 +105,7 @@ class Experiment:
 def run(args) -> dict:
     """Run what is not there yet; return everything measured."""
     e = Experiment(args)
-    dense = e.evaluate(e.out, [args.model])[args.model.stem]
+    dense = e.evaluate(e.out / "scores.json", [args.model])[args.model.stem]
     limit = dense["validation_loss"] * (1 + args.target)
     lr_folder = e.bank(e.out / "lr", "--attention", 0.375, "--linear", 0.65)
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -124,10 +124,10 @@ def run(args) -> dict:
             folder = e.bank(e.out / f"seed{seed}", "-n", uniform, "--mixed", args.configurations - uniform)
             jobs = [(arm, n) for n in range(args.configurations) for arm in ARMS]
             runs = list(pool.map(lambda job, f=folder: e.train(f, job[0], job[1], lrs[job[0]], limit), jobs))
-            if seed == 0:  # BLEU of all seeds would take a third of the whole time
-                scores = e.evaluate(folder, [folder / f"{arm}_{n}.pth" for arm, n in jobs])
+            for scores in pool.map(lambda arm, f=folder: e.evaluate(
+                    f / f"scores_{arm}.json", [f / f"{arm}_{n}.pth" for n in range(args.configurations)]), ARMS):
                 for r in runs:
-                    r |= scores[f"{r['arm']}_{r['configuration']}"]
+                    r |= scores.get(f"{r['arm']}_{r['configuration']}", {})
             with open(folder / "block.csv", newline="") as file:
                 block = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
             configurations = json.loads((folder / "conf.json").read_text(encoding="utf-8"))
@@ -160,8 +160,8 @@ def main(argv=None) -> int:
     p.add_argument("--target", type=float, default=0.10, metavar="X", help="validation loss above the dense model's at "
                    "which a run ends, as a fraction (default: 0.1)")
     p.add_argument("--attention-steps", type=int, default=200, metavar="N", help="of block level (default: 200)")
-    p.add_argument("--calibration-sentences", type=int, default=500, metavar="N", help="of the recalibration "
-                   "(default: 500)")
+    p.add_argument("--calibration-sentences", type=int, default=1000, metavar="N", help="of the recalibration "
+                   "(default: 1000)")
     p.add_argument("--max-train-sentences", type=int, default=16000, metavar="N", help="one epoch over so many pairs "
                    "is the longest training (default: 16000)")
     p.add_argument("--eval-every", type=int, default=10, metavar="STEPS")

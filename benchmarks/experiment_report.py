@@ -1,6 +1,7 @@
 """Tables and figures of the composability experiment, from what benchmarks/experiment.py measured."""
 
 import csv
+import math
 from pathlib import Path
 
 ARMS = ("baseline", "composed")
@@ -44,6 +45,7 @@ def total(seed: dict, limit: float) -> dict:
             "untrained": sum((reached(r, limit) or (1,))[0] == 0 for r in runs["composed"]),
             "slower": sum(spent(c, limit) > spent(b, limit) for b, c in zip(runs["baseline"], runs["composed"],
                                                                             strict=True) if reached(b, limit)),
+            "bleu": ", ".join(f"{sum(r.get('bleu', math.nan) for r in runs[arm]) / n:.1f}" for arm in ARMS),
             "at": {k: k * baseline / (k * composed + n * seed["block_seconds"]) for k in NUMBERS},
             "break_even": seed["block_seconds"] / saved if saved > 0 else None}
 
@@ -62,16 +64,14 @@ def table(result: dict, path: Path) -> None:
         for seed, rates, runs in [(s["seed"], s["rates"], s["runs"]) for s in result["seeds"]] + [
                 ("long", first["rates"], result["curves"])]:
             for r in sorted(runs, key=lambda r: (r["configuration"], r["arm"])):
-                same = next(x for x in first["runs"] if x["configuration"] == r["configuration"])
-                same = same if seed in (first["seed"], "long") else {}  # another seed's mixtures have other zeros
+                same = r if "zeros" in r else next(x for x in first["runs"] if x["configuration"] == r["configuration"])
                 times = []
                 for limit in limits.values():
                     missing = "not trained so far" if min(r["loss"]) <= ends and seed != "long" else "not reached"
                     times += reached(r, limit) or [missing] * 2
                 scores = [round(r[k], 2) for k in ("bleu", "chrf")] if "bleu" in r else [None] * 2
                 writer.writerow([seed, r["configuration"], *rates[r["configuration"]],
-                                 round(same["zeros"] / same["parameters"], 4) if same else None, r["arm"],
-                                 round(r["loss"][0], 4),
+                                 round(same["zeros"] / same["parameters"], 4), r["arm"], round(r["loss"][0], 4),
                                  round(min(r["loss"]), 4), *scores, r["setup_seconds"], r["seconds"][-1],
                                  r["steps"][-1], *times])
 
@@ -90,13 +90,13 @@ def report(result: dict, folder: Path) -> None:
     print(f"dense: validation loss {dense:.4f}, BLEU {result['dense']['bleu']:.1f}; learning rates {result['lr']}; "
           f"until {target:.0%} above the dense loss:")
     print("\n| seed | reached: baseline, composed | baseline s | composed s (block level) | speed-up | for 100 | "
-          "break-even N | no training | composed slower |\n|---|---|---|---|---|---|---|---|---|")
+          "break-even N | no training | composed slower | mean BLEU then |\n|---|---|---|---|---|---|---|---|---|---|")
     for seed in result["seeds"]:
         x = total(seed, dense * (1 + target))
         even = "never" if x["break_even"] is None else f"{x['break_even']:.1f}"
         print(f"| {seed['seed']} | {x['reached']['baseline']}, {x['reached']['composed']} of {x['n']} | "
               f"{x['baseline']:.0f} | {x['composed']:.0f} ({seed['block_seconds']:.0f}) | {x['speedup']:.2f} | "
-              f"{x['at'][100]:.2f} | {even} | {x['untrained']} | {x['slower']} |")
+              f"{x['at'][100]:.2f} | {even} | {x['untrained']} | {x['slower']} | {x['bleu']} |")
     first = result["seeds"][0]
     print("\n| configuration | heads, linear | zeros | start: masked, composed | seconds: baseline, composed | "
           "steps | BLEU then |\n|---|---|---|---|---|---|---|")

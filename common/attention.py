@@ -71,20 +71,28 @@ def _cache(network, batches: Batches, blocks: list[str], device) -> dict[str, li
 
 
 class _Heads:
-    """The kept heads of all variants of one attention, side by side, as if it had so many."""
+    """The kept heads of all variants of one attention, side by side, as if it had so many.
+
+    Variants that keep the same heads share q, k and v; each has its own ``o``.
+    """
 
     def __init__(self, network, variants: list[Variant], device):
         block = variants[0].block
         module = network.get_submodule(block)
         self.block, self.width, self.scaling = block, module.key_value_proj_dim, getattr(module, "scaling", 1.0)
-        rows = [v.masks[f"{block}.q.weight"].any(dim=1) for v in variants]
-        self.rows, self.sizes = rows, [int(r.sum()) for r in rows]
-        self.heads = torch.cat([r.view(-1, self.width)[:, 0].nonzero()[:, 0] for r in rows]).to(device)
+        found = [v.masks[f"{block}.q.weight"].any(dim=1) for v in variants]
+        sets = {tuple(rows.tolist()): i for i, rows in reversed(list(enumerate(found)))}  # of heads: its first variant
+        firsts = sorted(sets.values())
+        self.rows, ends = found, torch.tensor([0] + [int(found[i].sum()) for i in firsts]).cumsum(0).tolist()
+        at = [firsts.index(sets[tuple(rows.tolist())]) for rows in found]
+        self.slices = [slice(ends[i], ends[i + 1]) for i in at]
+        self.sizes = [s.stop - s.start for s in self.slices]
+        self.heads = torch.cat([found[i].view(-1, self.width)[:, 0].nonzero()[:, 0] for i in firsts]).to(device)
 
-        def kept(tensors, part):  # (kept heads of all variants × d_kv, d_model): o transposed
-            matrices = [t[f"{block}.{part}.weight"] for t in tensors]
-            matrices = [m.T if part == "o" else m for m in matrices]
-            return torch.cat([m[r] for m, r in zip(matrices, rows, strict=True)]).to(device)
+        def kept(tensors, part):  # (kept heads × d_kv, d_model): o transposed, and of all variants
+            matrices = [(t[f"{block}.{part}.weight"], rows) for t, rows in zip(tensors, found, strict=True)]
+            matrices = [m.T[r] if part == "o" else m[r] for m, r in matrices]
+            return torch.cat(matrices if part == "o" else [matrices[i] for i in firsts]).to(device)
 
         self.weights = {part: kept([v.weights for v in variants], part).requires_grad_() for part in "qkvo"}
         self.keep = kept([v.masks for v in variants], "o")
@@ -101,9 +109,8 @@ class _Heads:
     def losses(self, item) -> torch.Tensor:
         """Return each variant's squared error on a batch, summed over tokens and outputs."""
         *inputs, valid, target = item
-        o = torch.where(self.keep, self.weights["o"], 0.0)
-        parts = zip(self.mixed(*inputs, valid).split(self.sizes, dim=1), o.split(self.sizes), strict=True)
-        return torch.stack([(x @ w - target[valid]).square().sum() for x, w in parts])
+        x, o = self.mixed(*inputs, valid), torch.where(self.keep, self.weights["o"], 0.0).split(self.sizes)
+        return torch.stack([(x[:, s] @ w - target[valid]).square().sum() for s, w in zip(self.slices, o, strict=True)])
 
     @torch.no_grad()
     def errors(self, items: list[tuple]) -> list[float]:
@@ -118,13 +125,10 @@ class _Heads:
         for *inputs, valid, target in items:
             x = self.mixed(*inputs, valid)
             gram, cross, tokens = gram + (x.T @ x).double(), cross + (target[valid].T @ x).double(), tokens + len(x)
-        at = 0
-        for size in self.sizes:
-            part, keep = (slice(at, at + size),) * 2, self.keep[at:at + size].T
-            o = torch.where(keep, self.weights["o"][at:at + size].T, 0.0)
-            self.weights["o"][at:at + size] = solve(gram[part] / tokens, cross[:, part[1]] / tokens, o, keep,
-                                                    damping).weight.T.float()
-            at += size
+        parts = zip(self.slices, self.keep.split(self.sizes), self.weights["o"].split(self.sizes), strict=True)
+        for part, keep, o in parts:
+            prior = torch.where(keep, o, 0.0).T
+            o.copy_(solve(gram[part, part] / tokens, cross[:, part] / tokens, prior, keep.T, damping).weight.T)
 
     def descend(self, items: list[tuple], steps: int) -> None:
         """Take steps on all weights. Mutates them."""
@@ -146,21 +150,21 @@ class _Heads:
                 momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradients
                 ahead = MOMENTUM * momentum + (1 - MOMENTUM) * gradients
                 updates = _orthogonal(ahead.unflatten(0, (-1, self.width))).flatten(0, 1)
-                for (part, w), u in zip(self.weights.items(), updates.chunk(4), strict=True):
+                updates = updates.split([len(w) for w in self.weights.values()])
+                for (part, w), u in zip(self.weights.items(), updates, strict=True):
                     u = u * (sizes[part] * u.shape[1] ** 0.5 * STEP * (1 - step / steps))
                     w -= u if part == "o" else u @ whiteners[part]
 
     def variants(self, originals: list[Variant]) -> Iterator[Variant]:
         """Yield the variants with the present weights."""
-        at = 0
-        for variant, rows, size in zip(originals, self.rows, self.sizes, strict=True):
+        outs = self.weights["o"].detach().split(self.sizes)
+        for variant, rows, part_of, out in zip(originals, self.rows, self.slices, outs, strict=True):
             weights = dict(variant.weights)
             for part, w in self.weights.items():
-                name, w = f"{self.block}.{part}.weight", w.detach()[at:at + size].cpu()
+                name, w = f"{self.block}.{part}.weight", (out if part == "o" else w.detach()[part_of]).cpu()
                 full = torch.zeros_like(weights[name].T if part == "o" else weights[name])
                 full[rows] = w
                 weights[name] = torch.where(variant.masks[name], full.T if part == "o" else full, 0.0)
-            at += size
             yield Variant(variant.block, variant.rates, weights, variant.masks)
 
 

@@ -3,7 +3,8 @@
 Every variant was tuned on the original's activations, but in a composed model it receives those of pruned
 predecessors. One sweep without gradients repairs much of it. With x̂ the input that the composed model delivers
 and t the target, the weights of least E‖t − Ŵx̂‖² inside the mask follow from E[x̂ x̂ᵀ] and E[t x̂ᵀ]. q, k and v aim at
-what they would give for the original's inputs, wi at the original's outputs. o and wo write into the residual stream,
+what they would give for the original's inputs, wi at the original's outputs (where the bank has something better than
+least squares on these, see `common.hidden`: like q, k and v). o and wo write into the residual stream,
 and their target is the original's output plus the difference of the two streams before the layer, so that the stream
 is right again after it. (Asymmetric reconstruction: He et al. 2017, "Channel Pruning for Accelerating Very Deep Neural
 Networks", section 3.3.) Both models advance layer by layer together; memory holds one layer's activations.
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import models
+from common import bank, hidden, models
 from common.data import Batches, load_train, load_valid, text_input
 from common.files import UserError
 from common.models import Model
@@ -128,9 +129,9 @@ def _additive(allowed: torch.Tensor) -> torch.Tensor:
 class _Sweep:
     """The state of one sweep; one method for each kind of layer. No module runs twice for a batch."""
 
-    def __init__(self, original, model: Model, damping: float, metrics: dict[str, torch.Tensor]):
+    def __init__(self, original, model: Model, damping: float, metrics: dict[str, torch.Tensor], keep_hidden: bool):
         self.original, self.composed, self.masks = original, model.network, model.masks
-        self.damping, self.metrics = damping, metrics
+        self.damping, self.metrics, self.keep_hidden = damping, metrics, keep_hidden
 
     def attention(self, name: str, kind: str, text: list[_Text], biased: dict) -> None:
         """Advance both models over an attention layer, re-fitting q, k, v and o. Mutates text and model."""
@@ -184,7 +185,8 @@ class _Sweep:
         for batch in text:
             states = layers[0].layer_norm(batch.original)
             projected = [getattr(original, part)(states) for part in parts]
-            fit.add(layers[1].layer_norm(batch.composed)[batch.valid], [y[batch.valid] for y in projected])
+            aims = [getattr(composed, part)(states) for part in parts] if self.keep_hidden else projected
+            fit.add(layers[1].layer_norm(batch.composed)[batch.valid], [y[batch.valid] for y in aims])
             batch.original = batch.original + original.wo(hidden(original, projected))
         fit.solve()
         fit, inputs = _Fit(self, [f"{name}.DenseReluDense.wo"]), []
@@ -229,12 +231,12 @@ def from_args(args, model: Model, device, inputs: dict) -> None:
     inputs["calibration text"] = text_input(args, calibration)
     original = models.place(models.load(args.model).network, device)
     few = load_train(args, model, min(METRIC_SENTENCES, args.calibration_sentences)) if args.metric == "loss" else None
-    recalibrate(original, model, calibration, device, args.damping, few)
+    recalibrate(original, model, calibration, device, args.damping, few, bank.load(args.bank).tuned == hidden.TUNED)
 
 
 @torch.no_grad()
 def recalibrate(original, model: Model, calibration: Batches, device, damping: float, gradients: Batches | None = None,
-                log=lambda text: print(text, file=sys.stderr)) -> float:
+                keep_hidden: bool = False, log=lambda text: print(text, file=sys.stderr)) -> float:
     """Re-fit a composed model to the activations it really has, in one sweep; masks stay. Mutates ``model``.
 
     All linear weights are re-fitted, also those that the configuration does not prune, since their inputs have
@@ -246,6 +248,7 @@ def recalibrate(original, model: Model, calibration: Batches, device, damping: f
         calibration: the text; both models' states of all of it are held for one layer at a time.
         damping: pull towards the composed weights, as a fraction of the inputs' mean square.
         gradients: weigh errors by the loss's gradients on this text (`loss_metrics`); without it all weigh alike.
+        keep_hidden: wi aims at its own outputs, as q, k and v do, not at the original's.
 
     Returns:
         The seconds it took.
@@ -255,7 +258,7 @@ def recalibrate(original, model: Model, calibration: Batches, device, damping: f
         network.eval()
         network.set_attn_implementation("eager")  # the masks made here are additive
     metrics = loss_metrics(original, gradients, device) if gradients else {}
-    sweep = _Sweep(original, model, damping, metrics)
+    sweep = _Sweep(original, model, damping, metrics, keep_hidden)
     batches = list(calibration.fixed(device))
     text = []
     for batch in batches:

@@ -128,7 +128,7 @@ class Report:
 class Curve:
     """Mean relative error of all variants after each logged solver iteration, on calibration and validation text.
 
-    ``validation``: seconds spent on validation text.
+    ``validation``: seconds spent on validation text, and on errors that are only shown.
     """
 
     train: dict[int, float] = field(default_factory=dict)
@@ -248,10 +248,11 @@ class _History:
         self.rough = [(m / scale).float() for m, scale in zip(self.moments, self.scales, strict=True)]
         if not self.scales[0] > 1e-30:
             raise UserError(f"{block}: its output is zero on all the calibration text; nothing can be fitted to it")
-        self.rows, self.spent, self.began = [], 0.0, time.perf_counter()
+        self.rows, self.spent, self.measuring, self.began = [], 0.0, 0.0, time.perf_counter()
 
     def stop(self):
-        self.spent += time.perf_counter() - self.began
+        self.stopped = time.perf_counter()
+        self.spent += self.stopped - self.began
 
     def note(self, iteration, weights: list[torch.Tensor], rough=False):
         """Add a row (iteration, seconds, errors of the variants, their errors on validation text)."""
@@ -261,10 +262,12 @@ class _History:
 
     def start(self):
         self.began = time.perf_counter()
+        self.measuring += self.began - self.stopped
 
     def reports(self, variants, curve: Curve) -> Iterator[Report]:
         """Yield the variants' reports and add the errors over iterations to the curve."""
         curve.add(self.rows)
+        curve.validation += self.measuring
         (_, _, *before), (iterations, _, *after) = self.rows[0], self.rows[-1]
         for i, variant in enumerate(variants):
             yield Report(variant, before[0][i], after[0][i], before[1][i], after[1][i], self.spent / len(variants),
@@ -299,6 +302,7 @@ def _fit(network, block, variants, gram, check, device, damping, curve) -> Itera
     history.stop()
     parts = solution.weight.float().split(target.shape[0])
     history.note(solution.iterations, parts)
+    history.start()
     for variant, part in zip(variants, parts, strict=True):
         variant.weights[name] = part.cpu()
     yield from history.reports(variants, curve)

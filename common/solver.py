@@ -98,6 +98,38 @@ def solve_weighted(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor,
     return _checked(x, used, rest, b, tolerance)
 
 
+def solve_rows(grams: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, masks: torch.Tensor,
+               damping: float = DAMPING, tolerance: float = TOLERANCE) -> Solution:
+    """As `solve`, but every row has a Gram matrix of its own, and several masks share them.
+
+    Args:
+        grams: G of each row, (rows, in, in), float32; made float64 for the final residual.
+        cross: C, (rows, in).
+        prior: W₀, (rows, in).
+        masks: bool, (masks, rows, in).
+
+    Returns:
+        Weights (masks, rows, in).
+    """
+    unit = grams.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-30)
+    a, masks = grams / unit[:, None, None], masks.transpose(0, 1)
+    a.diagonal(dim1=1, dim2=2).add_(damping)
+    b = torch.where(masks, (cross / unit[:, None] + damping * prior)[:, None], 0.0).double()
+    x, used = torch.where(masks, prior[:, None], 0.0), 0
+    for dtype in (torch.float32, torch.float64):  # the latter goes on where the former is not precise enough
+        g = a.to(dtype)
+        x, more = _conjugate_gradient(lambda p, g=g: torch.bmm(p, g).mul_(masks), b.to(dtype), x.to(dtype),
+                                      1 / g.diagonal(dim1=1, dim2=2)[:, None],
+                                      lambda product: product.sum(dim=2, keepdim=True), tolerance / 2, MAX_ITERATIONS)
+        x, used = x.double(), used + more
+        rest = b - torch.where(masks, torch.bmm(x, a.double()), 0.0)
+        if not float((rest.norm(dim=2) / _scale(b.norm(dim=2), b)).max()) > tolerance:
+            break
+    solution = _checked(x, used, rest, b, tolerance, dim=2)
+    solution.weight = solution.weight.transpose(0, 1)
+    return solution
+
+
 def _descend(a, b, x, mask, tolerance: float, max_iterations: int, watch=None) -> tuple[torch.Tensor, int]:
     """Solve x a = b row by row within the mask, from ``x``. Return x, iterations.
 
@@ -150,16 +182,19 @@ def _scale(norm: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _conjugate_gradient(apply, b, x, inverse, total, tolerance: float,
                         max_iterations: int) -> tuple[torch.Tensor, int]:
-    """Solve ``apply(x) = b`` from ``x``; ``total`` sums a product over each system. Return x, iterations."""
+    """Solve ``apply(x) = b`` from ``x``; ``total`` sums a product over each system. Return x, iterations.
+
+    A system that has converged rests, so that its solution does not depend on the others.
+    """
     r = b - apply(x)
     scale = _scale(total(b * b).sqrt(), b)
     p = z = r * inverse
     rz = total(r * z)
     iteration = 0
-    while iteration < max_iterations and float((total(r * r).sqrt() / scale).max()) > tolerance:
+    while iteration < max_iterations and (open_ := total(r * r).sqrt() > tolerance * scale).any():
         q = apply(p)
         pq = total(p * q)
-        alpha = torch.where(pq > 0, rz / pq, 0.0)
+        alpha = torch.where(open_ & (pq > 0), rz / pq, 0.0)
         x = x + alpha * p
         r = r - alpha * q
         z = r * inverse

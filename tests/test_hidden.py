@@ -1,0 +1,158 @@
+import pytest
+import torch
+
+from common import bank, composition, data, hidden, models, reconstruction
+from common.configs import read_configurations
+from common.files import UserError
+from common.recalibration import recalibrate
+from common.solver import solve_rows
+from tests.conftest import save_folder
+from tests.test_recalibration import quiet
+
+
+def tune(made, text, budget=1 << 30, name="pruned.npy"):
+    network, logged = models.load(made / "origin.pth").network, []
+    curve = reconstruction.Curve()
+    reports = list(hidden.tune(network, bank.load(made / name), *text, "cpu", budget=budget, damping=1e-4, curve=curve,
+                               log=logged.append))
+    return network, reports, curve, logged
+
+
+@torch.no_grad()
+def plain_error(network, batches, block, weight) -> float:
+    """Return the relative error of a ReLU's units, one sentence at a time, without padding."""
+    sums = torch.zeros(2, dtype=torch.float64)
+
+    def hook(module, inputs):
+        h, mine = torch.relu(inputs[0] @ module.weight.T), torch.relu(inputs[0] @ weight.T)
+        sums.add_(torch.stack([(mine - h).double().square().sum(), h.double().square().sum()]))
+
+    handle = network.get_submodule(block).register_forward_pre_hook(hook)
+    for example in batches.dataset.examples:
+        network(input_ids=torch.tensor([example.source]), use_cache=False,
+                decoder_input_ids=torch.tensor([[0, *example.target[:-1]]]))
+    handle.remove()
+    return float(sums[0] / sums[1])
+
+
+def test_the_moments_of_units_equal_a_sum_over_tokens():
+    x, a = torch.randn(7, 3), torch.tensor([[1.0, 0.0], [0.0, 4.0], [0.0, 0.0], [1.0, 0.5], [0.0, 0.0], [1.0, 0.0],
+                                            [0.0, 0.0]])
+    grams = hidden.row_grams(x, a)
+    for unit in range(2):
+        floor = 0.5 * sum(float(w) for w in a[:, unit]) / 7
+        expected = sum((float(w) + floor) * torch.outer(t, t) for w, t in zip(a[:, unit], x, strict=True)) / 7
+        assert torch.allclose(grams[unit], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_rows_with_moments_of_their_own_equal_brute_force(dead):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 30, 6, generator=g)
+    x[2] = 0.0  # damping alone decides a row without moments
+    x[1, :, 3] *= not dead
+    grams, prior = x.transpose(1, 2) @ x / 30, torch.randn(4, 6, generator=g)
+    cross, masks = torch.randn(4, 6, generator=g) * (x[:, 0] != 0), torch.rand(3, 4, 6, generator=g) > 0.4
+    mine = solve_rows(grams, cross, prior, masks, damping=0.1, tolerance=1e-6).weight
+    assert mine.shape == (3, 4, 6) and not mine[~masks].any()
+    for n in range(3):
+        for row in (0, 1, 3):
+            kept = masks[n, row]
+            ridge = 0.1 * grams[row].diagonal().mean()
+            system = (grams[row] + ridge * torch.eye(6))[kept][:, kept].double()
+            expected = torch.linalg.solve(system, (cross[row] + ridge * prior[row])[kept].double())
+            assert torch.allclose(mine[n, row, kept], expected, atol=1e-4)
+        assert torch.allclose(mine[n, 2].float(), torch.where(masks[n, 2], prior[2], 0.0), atol=1e-4)
+
+
+def test_moments_that_are_not_finite_are_not_passed_on():
+    grams = torch.eye(3).repeat(2, 1, 1)
+    grams[1, 0, 0] = torch.nan
+    with pytest.raises(ArithmeticError, match="residual"):
+        solve_rows(grams, torch.ones(2, 3), torch.ones(2, 3), torch.ones(1, 2, 3, dtype=torch.bool))
+
+
+def test_the_units_come_nearer_than_by_least_squares_on_what_feeds_them(made, text):
+    network, reports, curve, _ = tune(made, text)
+    exact, pruned = bank.load(made / "tuned.npy"), bank.load(made / "pruned.npy")
+    assert {r.variant.key for r in reports} == {k for k in pruned.entries if k[0].endswith(".wi")}
+    for report in reports:
+        block, name = report.variant.block, f"{report.variant.block}.weight"
+        weight = report.variant.weights[name]
+        assert torch.equal(report.variant.masks[name], pruned.read(report.variant.key).masks[name])
+        assert not weight[~report.variant.masks[name]].any()
+        assert report.after == pytest.approx(plain_error(network, text[0], block, weight), rel=1e-3)
+        assert report.valid_after == pytest.approx(plain_error(network, text[1], block, weight), rel=1e-3)
+        masked = pruned.read(report.variant.key).weights[name]
+        assert report.valid_before == pytest.approx(plain_error(network, text[1], block, masked), rel=1e-3)
+        by_outputs = exact.read(report.variant.key).weights[name]
+        assert report.after < plain_error(network, text[0], block, by_outputs)
+    assert curve.train[0] / len(reports) == pytest.approx(sum(r.before for r in reports) / len(reports))
+
+
+@pytest.mark.parametrize("part", ["wi_0", "wi_1"])
+def test_a_gated_units_weights_are_its_squared_derivative(tmp_path, part):
+    network = save_folder(tmp_path / "mt5", "mt5").eval()
+    block = f"encoder.block.0.layer.1.DenseReluDense.{part}"
+    x, units = torch.randn(5, network.config.d_model), hidden._Units(network, block)
+    dense = network.get_submodule(block.rpartition(".")[0])
+    with torch.no_grad():
+        mine, y, step = units.weights(x, slice(2, 6)), [x @ dense.wi_0.weight.T, x @ dense.wi_1.weight.T], 1e-2
+        at = 0 if part == "wi_0" else 1
+
+        def h(shift):
+            moved = [v + shift * (i == at) for i, v in enumerate(y)]
+            return (dense.act(moved[0]) * moved[1])[:, 2:6]
+
+        slope = (h(step) - h(-step)) / (2 * step)
+        errors = units.errors(x, [units.weight, 0 * units.weight], [slice(0, 3), slice(3, None)])
+    assert torch.allclose(mine, slope.square(), atol=1e-3)
+    assert errors == pytest.approx([0.0, 1.0], abs=1e-6)
+
+
+def test_a_unit_that_never_passes_anything_on_is_fitted_to_all_tokens(made, text):
+    network = models.load(made / "origin.pth").network
+    units = hidden._Units(network, "encoder.block.0.layer.1.DenseReluDense.wi")
+    x = torch.rand(6, network.config.d_model)
+    units.weight = units.weight.clone()
+    units.weight[1] = -1.0
+    assert torch.equal(units.weights(x, slice(1, 2)), torch.ones(6, 1))
+
+
+def test_less_memory_means_more_passes_and_the_same_weights(made, text):
+    _, one, _, few = tune(made, text)
+    tokens = sum(len(e.source) + len(e.target) for split in text for e in split.dataset.examples)
+    width = one[0].variant.weights[f"{one[0].variant.block}.weight"].shape[1]
+    _, many, _, passes = tune(made, text, budget=2 * max(
+        4 * tokens * width, 16 * width ** 2 + 32 * tokens + 64 * width * 2) + 1)
+    assert len(few) < len(passes)
+    for a, b in zip(one, many, strict=True):
+        name = f"{a.variant.block}.weight"
+        assert a.variant.key == b.variant.key
+        assert torch.allclose(a.variant.weights[name], b.variant.weights[name], atol=1e-3)
+    with pytest.raises(UserError, match="give --memory-budget at least that, or fewer --hidden-sentences"):
+        tune(made, text, budget=1000)
+
+
+def test_the_stage_writes_a_bank_whose_wi_the_sweep_aims_at(work, stage):
+    flags = ("--data-dir", work / "text", "--stats", work / "units.csv")
+    done = stage("block-level_finetuning", "-m", work / "origin.pth", "-p", work / "pruned.npy", "-o",
+                 work / "units.npy", "--hidden-sentences", 100, *flags)
+    assert done.code == 0, done.err
+    made, exact = bank.load(work / "units.npy"), bank.load(work / "tuned.npy")
+    assert set(made.entries) == set(exact.entries) and made.tuned == hidden.TUNED
+    for key in made.entries:
+        name = next(iter(made.read(key).weights))
+        same = torch.equal(made.read(key).weights[name], exact.read(key).weights[name])
+        assert same != hidden.is_input(key[0]), key
+    done = stage("compose_model", "-m", work / "origin.pth", "-p", work / "units.npy", "-c", work / "conf.json", "-n",
+                 1, "-o", work / "swept.pth", "--recalibrate", *flags[:2], "--calibration-sentences", 50)
+    assert done.code == 0, done.err
+    origin = models.load(work / "origin.pth")
+    options = data.DataOptions("multi30k", work / "text", "en", "de", "test_2016_flickr")
+    few = data.Batches(data.sample(data.read_pairs(options, "train"), 50, 0), origin, 2048)
+    model = models.load(work / "origin.pth")
+    composition.compose(model, made, read_configurations(work / "conf.json")[1])
+    recalibrate(origin.network, model, few, "cpu", 1e-4, keep_hidden=True, log=quiet)
+    for name, p in models.load(work / "swept.pth").network.named_parameters():
+        assert torch.allclose(p, model.network.get_parameter(name), atol=1e-4), name
