@@ -10,7 +10,6 @@ compositions on the translation loss, so that variants learn to work together. -
     python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
 """
 
-import dataclasses
 import itertools
 import sys
 import time
@@ -61,13 +60,12 @@ def tune_exactly(args, model, opened, writer, device, calibration, valid):
     began = time.perf_counter()
     network = models.place(model.network, device)
     text, shared = (calibration, valid, device), {"budget": args.memory_budget, "damping": args.damping, "curve": curve}
-    by_units = {key for key in opened.entries if args.hidden_sentences and hidden.is_input(key[0])}
-    others = dataclasses.replace(opened, entries={k: e for k, e in opened.entries.items() if k not in by_units})
-    reports = reconstruction.tune_exactly(network, others, *text, **shared)
+    by_outputs = hidden.others(opened) if args.hidden_sentences else opened
+    reports = reconstruction.tune_exactly(network, by_outputs, *text, **shared)
     if args.attention_steps:
         reports = attention.tune(network, opened, reports, *text, **shared, steps=args.attention_steps,
                                  above=args.attention_error)
-    if by_units:
+    if args.hidden_sentences:
         few = data.load_train(args, model, args.hidden_sentences)
         reports = itertools.chain(reports, hidden.tune(network, opened, few, valid, device, **shared))
     for r in reports:
@@ -125,7 +123,7 @@ def main(argv=None) -> int:
             raise cli.UserError("-c says what --solver joint draws; the other solvers tune each variant apart")
         cli.check_inputs(args.configurations)
     cli.check_training(args, args.variants)
-    from common import bank, configs, data, files, hidden, models, runtime, training
+    from common import bank, configs, data, files, models, runtime, training
     from common.provenance import provenance
 
     device = runtime.setup(args.device, args.seed, args.threads)
@@ -143,7 +141,7 @@ def main(argv=None) -> int:
         train, valid = data.load_batches(args, model, args.calibration_sentences if args.solver == "exact" else None)
         inputs |= {"training text": data.text_input(args, train), "validation text": data.text_input(args, valid)}
         origin = provenance("block-level_finetuning.py", args, inputs)
-        tuned = hidden.TUNED if args.solver == "exact" and args.hidden_sentences else args.solver
+        tuned = bank.HIDDEN_UNITS if args.solver == "exact" and args.hidden_sentences else args.solver
         with bank.create(args.output, model.identity, opened.scheme, tuned, origin) as writer:
             if args.solver == "exact":
                 rows, table, summary = tune_exactly(args, model, opened, writer, device, train, valid)

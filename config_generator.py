@@ -127,7 +127,8 @@ def searched(args, model) -> list[dict]:
             composition.compose(composed, opened, configurations[-1])
             objective = training.TranslationLoss(models.place(composed.network, device))
             line += f"; composed {training.evaluate(objective, valid, device):.4f}"
-            recalibration.recalibrate(model.network, composed, text, device, args.damping)
+            recalibration.recalibrate(model.network, composed, text, device, args.damping,
+                                      keep_hidden=opened.keeps_hidden)
             line += f", recalibrated {training.evaluate(objective, valid, device):.4f}"
         print(line, flush=True)
     return configurations

@@ -10,6 +10,7 @@ that use the curvature which block level and recalibration have anyway. Then tun
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -100,12 +101,14 @@ class Bench:
         models.place(model.network, "cpu")
         if metric:
             recalibration.recalibrate(self.original, model, self.few, "cpu", 1e-4,
-                                      self.few if metric == "loss" else None, log=lambda _: None)
+                                      self.few if metric == "loss" else None, self.bank.keeps_hidden,
+                                      log=lambda _: None)
         return model
 
     def loss(self, network) -> float:
         return training.evaluate(training.TranslationLoss(network), self.valid, "cpu")
 
+    @functools.cached_property
     def factors(self) -> dict[str, tuple]:
         """Return {name of a weight, as trained under its mask: (E[x xᵀ], E[g gᵀ])} of the original."""
         outputs = recalibration.loss_metrics(self.original, self.few, "cpu")
@@ -234,6 +237,7 @@ def main(argv=None) -> int:
     p.add_argument("-n", "--number", type=int, default=7, metavar="NTH", help="the configuration that is trained")
     p.add_argument("--steps", type=int, default=40, metavar="N", help="steps of each way (default: 40)")
     p.add_argument("--joint-steps", type=int, default=200, metavar="N", help="steps of joint tuning (default: 200)")
+    p.add_argument("--only", default="", metavar="NAME", help="the ways whose name begins so, into levers_NAME.json")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     args = p.parse_args(argv)
     b = Bench(args)
@@ -241,22 +245,24 @@ def main(argv=None) -> int:
     def adamw(named, lr=LR):
         return torch.optim.AdamW([p for _, p in named], lr=lr, weight_decay=0.01, fused=True)
 
-    factors = b.factors()
     ways = {"AdamW": lambda: b.steps(adamw), "AdamW, half the rate": lambda: b.steps(lambda n: adamw(n, LR / 2)),
             "average of the weights, 0.95": lambda: b.steps(adamw, average=0.95),
             "distillation, logits": lambda: b.steps(adamw, "kl"),
             "distillation, logits and translation loss": lambda: b.steps(adamw, "both"),
             "distillation, logits and residual streams": lambda: b.steps(adamw, "states"),
             "Muon": lambda: b.steps(lambda n: Muon(n, 2 * LR)),
-            "Adam in fixed eigenbases": lambda: b.steps(lambda n: Curvature(n, factors, "eigenbasis", LR)),
-            "K-FAC": lambda: b.steps(lambda n: Curvature(n, factors, "kfac", LR / 2))}
+            "Adam in fixed eigenbases": lambda: b.steps(lambda n: Curvature(n, b.factors, "eigenbasis", LR)),
+            "K-FAC": lambda: b.steps(lambda n: Curvature(n, b.factors, "kfac", LR / 2))}
     ways |= {f"joint, {kind}": lambda kind=kind: b.joint(kind) for kind in ("ce", "kl", "two", "shared")}
     result = {"start": {m or "composed": b.loss(b.compose(args.number, m).network) for m in (None, "output", "loss")}}
     print(f"configuration {args.number}: {result['start']}", flush=True)
+    path = args.results / (f"levers_{args.only}.json" if args.only else "levers.json")
     for name, way in ways.items():
+        if not name.startswith(args.only):
+            continue
         result[name] = way()
         print(f"{name}: {result[name]['seconds_a_step']:.2f} s a step", result[name]["losses"], flush=True)
-        (args.results / "levers.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

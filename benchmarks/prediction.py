@@ -73,7 +73,8 @@ def run(args) -> dict:
             composition.install(composed, opened.read(key))
         objective = training.TranslationLoss(models.place(composed.network, "cpu"))
         plain = training.evaluate(objective, valid, "cpu")
-        recalibration.recalibrate(model.network, composed, text, "cpu", 1e-4, log=lambda _: None)
+        recalibration.recalibrate(model.network, composed, text, "cpu", 1e-4, keep_hidden=opened.keeps_hidden,
+                                  log=lambda _: None)
         return plain, training.evaluate(objective, valid, "cpu")
 
     rows = []

@@ -20,10 +20,12 @@ import torch
 
 from common import attention as attention_descent
 from common import bank, composition, configs, data, files, metrics, models, modules, recalibration, runtime, training
+from common import hidden as hidden_units
 from common import reconstruction as rec
 
 SIZES = (64, 125, 250, 500, 1000, 2000, 4000, 8000, 29000)
 CRITERIA = ("l1", "wanda", "obs")
+HIDDEN = 500  # sentences for the hidden units' moments
 
 
 class Bench:
@@ -53,8 +55,13 @@ class Bench:
             composition.prune_scheme_by_activations(self.network, scheme, criterion, calibration, "cpu", 4 << 30)
         return list(made), time.perf_counter() - began
 
-    def tune(self, variants, calibration, steps=0) -> tuple[list, float, float]:
-        """Return the exactly tuned variants, the seconds, and their mean relative error on validation text."""
+    def tune(self, variants, calibration, steps=0, units=False) -> tuple[list, float, float]:
+        """Return the exactly tuned variants, the seconds, and their mean relative error on validation text.
+
+        Args:
+            steps: on attentions.
+            units: fit wi for the hidden units.
+        """
         path = self.out / "recovery.tmp.npy"
         with bank.create(path, "", "", None, {}) as writer:
             for variant in variants:
@@ -63,9 +70,12 @@ class Bench:
         opened = bank.load(path)
         text, options = (calibration, self.valid, "cpu"), {"budget": 4 << 30, "damping": 1e-4, "curve": rec.Curve(),
                                                           "log": lambda text: None}
-        reports = rec.tune_exactly(self.network, opened, *text, **options)
-        reports = list(attention_descent.tune(self.network, opened, reports, *text, **options, steps=steps)
-                       if steps else reports)
+        reports = rec.tune_exactly(self.network, hidden_units.others(opened) if units else opened, *text, **options)
+        if steps:
+            reports = attention_descent.tune(self.network, opened, reports, *text, **options, steps=steps)
+        reports = list(reports)
+        if units:
+            reports += hidden_units.tune(self.network, opened, self.text(HIDDEN), *text[1:], **options)
         path.unlink()
         error = sum(r.valid_after for r in reports) / len(reports)
         return [r.variant for r in reports], time.perf_counter() - began, error
@@ -166,37 +176,39 @@ def linear(b: Bench) -> None:
     for rate in (0.5, 0.7, 0.8, 0.9):
         configuration = configs.uniform(b.kinds, 0.0, rate)
         for criterion in CRITERIA:
-            for tuned in (False, True):
-                def make(tuned=tuned, configuration=configuration, criterion=criterion):
+            for how in ("masked", "tuned", "hidden units"):
+                def make(how=how, configuration=configuration, criterion=criterion):
                     variants, seconds = b.variants(configuration, criterion, text)
-                    if not tuned:
+                    if how == "masked":
                         return b.compose(variants), seconds, None
-                    variants, more, error = b.tune(variants, text)
+                    variants, more, error = b.tune(variants, text, units=how == "hidden units")
                     return b.compose(variants), seconds + more, error
-                b.measure("linear", f"{rate:.0%} by {criterion}: {'tuned' if tuned else 'masked'}", make)
+                b.measure("linear", f"{rate:.0%} by {criterion}: {how}", make)
 
 
 def recalibrated(b: Bench) -> None:
     text = b.text(2000)
     for rates in ((0.25, 0.5), (0.5, 0.5), (0.0, 0.8), (0.5, 0.8)):
         configuration = configs.uniform(b.kinds, *rates)
-        for criterion, steps in (("l1", 0), ("wanda", 0), ("obs", 0), ("obs", 200)):
+        for criterion, steps, units in (("l1", 0, False), ("wanda", 0, False), ("obs", 0, False), ("obs", 200, False),
+                                        ("obs", 0, True), ("obs", 200, True)):
             tuned = {}  # made for the first row that needs it
 
             def make(sweeps, gradients=None, configuration=configuration, criterion=criterion, steps=steps,
-                     tuned=tuned):
+                     units=units, tuned=tuned):
                 if not tuned:
                     variants, seconds = b.variants(configuration, criterion, text)
-                    tuned["variants"], more, _ = b.tune(variants, text, steps=steps)
+                    tuned["variants"], more, _ = b.tune(variants, text, steps, units)
                     tuned["seconds"] = seconds + more
                 model, seconds = b.compose(tuned["variants"]), tuned["seconds"]
                 if sweeps:  # only the sweeps' time, which every configuration pays anew
-                    seconds = sum(recalibration.recalibrate(b.network, model, text, "cpu", 1e-4, gradients,
+                    seconds = sum(recalibration.recalibrate(b.network, model, text, "cpu", 1e-4, gradients, units,
                                                             log=lambda text: None) for _ in range(sweeps))
                 return model, seconds, None
             if steps and not rates[0]:
                 continue
-            at = f"heads {rates[0]:.0%}, linear {rates[1]:.0%}, {criterion}{', steps' if steps else ''}: "
+            at = f"heads {rates[0]:.0%}, linear {rates[1]:.0%}, {criterion}{', steps' * bool(steps)}"
+            at += ", hidden units: " if units else ": "
             b.measure("sweep", at + "block level", lambda make=make: make(0))
             b.measure("sweep", at + "+ sweep", lambda make=make: make(1))
             if criterion == "l1":

@@ -22,6 +22,7 @@ from common.files import UserError, atomic_write, brief, file_problem, is_proven
 from common.modules import block_of, kind_of, members, weight_names
 
 FORMAT = "composable-pruning bank"
+HIDDEN_UNITS = "exact, hidden units"  # how variants were tuned whose wi `common.hidden` fitted
 VERSION = 1
 _TAIL = 8 + 32
 _HEADER_BYTES = 128  # NumPy pads its header to a multiple of 64; ours is always this long
@@ -125,6 +126,11 @@ class Bank:
     provenance: dict
     entries: dict[Key, dict] = field(repr=False)
     sha256: str = ""
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether wi is better for the hidden units than what is nearest to the original's outputs."""
+        return self.tuned == HIDDEN_UNITS
 
     def read(self, key: Key) -> Variant:
         """Return one variant, its checksum verified.

@@ -8,6 +8,7 @@ Optimization", section 10.3; one row of wi at a time.) Other tokens keep a small
 it is off. For gated units h = act(y₀)·y₁ the same holds for either input, with the other the original's.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -22,12 +23,16 @@ from common.reconstruction import Curve, Report, run_stacks, valid_tokens
 from common.solver import solve_rows
 
 FLOOR = 0.5  # every token's least weight, in means of the unit's weights
-TUNED = "exact, hidden units"  # what a bank says it was tuned by
 
 
 def is_input(block: str) -> bool:
     """Tell whether a block feeds a feed-forward's hidden units: wi, wi_0 or wi_1."""
     return kind_of(block) == "linear" and not block.endswith(".wo")
+
+
+def others(bank: Bank) -> Bank:
+    """Return a bank with the variants that `tune` leaves out."""
+    return dataclasses.replace(bank, entries={k: e for k, e in bank.entries.items() if not is_input(k[0])})
 
 
 def row_grams(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import bank, hidden, models
+from common import bank, models
 from common.data import Batches, load_train, load_valid, text_input
 from common.files import UserError
 from common.models import Model
@@ -231,7 +231,7 @@ def from_args(args, model: Model, device, inputs: dict) -> None:
     inputs["calibration text"] = text_input(args, calibration)
     original = models.place(models.load(args.model).network, device)
     few = load_train(args, model, min(METRIC_SENTENCES, args.calibration_sentences)) if args.metric == "loss" else None
-    recalibrate(original, model, calibration, device, args.damping, few, bank.load(args.bank).tuned == hidden.TUNED)
+    recalibrate(original, model, calibration, device, args.damping, few, bank.load(args.bank).keeps_hidden)
 
 
 @torch.no_grad()

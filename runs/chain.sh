@@ -2,7 +2,8 @@
 # Expects: python, out (folder), origin (dense .pth), data (array of flags), rates (array of flags for
 # config_generator.py), train (array of flags for both arms). A file that is there is not made again, so a run that
 # was stopped goes on where it was.
-# CRITERION (default l1) is that of prune.py; RECALIBRATE=1 recalibrates what is composed out of the tuned bank.
+# CRITERION (default l1) is that of prune.py; RECALIBRATE=1 recalibrates what is composed out of the tuned bank; BLOCK
+# are more flags of block-level_finetuning.py.
 
 make() { # make FILE COMMAND…: run the command unless its output is there
     local file=$1
@@ -22,7 +23,7 @@ make "$out/conf_prune.json" prune_scheme_generator.py -i "$out/conf.json" -o "$o
 make "$out/pruned_modules.npy" prune.py -m "$origin" -c "$out/conf_prune.json" -o "$out/pruned_modules.npy" \
     -p "$out/pruned_test_model.pth" --criterion "${CRITERION:-l1}" "${data[@]}"
 make "$out/finetuned_modules.npy" block-level_finetuning.py -m "$origin" -p "$out/pruned_modules.npy" \
-    -o "$out/finetuned_modules.npy" --stats "$out/block.csv" --overwrite "${data[@]}"
+    -o "$out/finetuned_modules.npy" --stats "$out/block.csv" --overwrite ${BLOCK:-} "${data[@]}"
 
 configurations=$("$python" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$out/conf.json")
 models=("$origin")

@@ -7,7 +7,8 @@
 # DATA_DIR  a folder with train.en, train.de, … (default data/multi30k: downloaded if it is not there)
 # OUT       where results go (default out/multi30k)
 # EPOCHS, LR, ATTENTION, LINEAR: training of both arms and the rates of the configurations.
-# CRITERION=obs RECALIBRATE=1: better masks for both arms, and recalibrated models (default: l1, not).
+# CRITERION=obs RECALIBRATE=1 BLOCK="--attention-steps 200 --hidden-sentences 500": better masks for both arms, better
+# variants, recalibrated models (default: l1, exact, not).
 set -euo pipefail
 model=${1:-t5-small}
 [ -d "$model" ] && model=$(cd "$model" && pwd)
