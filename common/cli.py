@@ -229,6 +229,17 @@ def add_batch_tokens(p) -> None:
                    help="tokens a batch (in training: a step), padding included, of the longer side")
 
 
+def dropout(text: str) -> float:
+    """Parse a dropout probability, in [0, 1)."""
+    return _number(text, "a probability in [0, 1)", float, lambda x: 0 <= x < 1)
+
+
+def add_dropout(p: argparse.ArgumentParser) -> None:
+    """Add --dropout."""
+    p.add_argument("--dropout", type=dropout, metavar="P",
+                   help="dropout while training (default: the model's own); 0 is better for an epoch or less")
+
+
 def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:
     """Add the flags of the one training loop, the same for the three fine-tuning stages."""
     p.add_argument("--stats", type=Path, default=Path(stats), metavar="CSV",

@@ -1,7 +1,7 @@
 """Block level for the inputs of feed-forwards: wi re-fitted for the tokens on which each hidden unit passes on.
 
-Least squares on wi's own outputs (`common.reconstruction`) spends weights on values that the ReLU sets to zero: on
-Multi30K's small T5 five of six. What counts is the hidden unit h = act(y), to first order h's change is ∂h/∂y times
+Least squares on wi's own outputs (`common.reconstruction`) spends weights on values that the ReLU sets to zero.
+What counts is the hidden unit h = act(y), to first order h's change is ∂h/∂y times
 y's, and so every unit has least squares of its own: minimise E[a (w − ŵ)ᵀx xᵀ(w − ŵ)] with a = (∂h/∂y)², for a ReLU
 the tokens on which the original's unit is active. (The Gauss-Newton approximation: Nocedal & Wright 2006, "Numerical
 Optimization", section 10.3; one row of wi at a time.) Other tokens keep a small weight, so that a unit stays off where

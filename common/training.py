@@ -350,6 +350,15 @@ def fingerprint(args, **inputs: str) -> dict:
     return {k: str(v) for k, v in vars(args).items() if k not in ignored} | inputs
 
 
+def set_dropout(network, probability: float) -> None:
+    """Set the dropout of all of a T5's modules, attention weights included; its configuration stays. Mutates it."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        elif isinstance(getattr(module, "dropout", None), float):  # of attention weights
+            module.dropout = probability
+
+
 def finetune_model(stage: str, args, model, inputs: dict) -> int:
     """Train a complete model as the flags say and write it; what baseline and model level share.
 
@@ -364,6 +373,8 @@ def finetune_model(stage: str, args, model, inputs: dict) -> int:
         inputs |= {"training text": text_input(args, train), "validation text": text_input(args, valid)}
         options = FitOptions.from_args(args)
         objective = TranslationLoss(models.place(model.network, device))
+        if args.dropout is not None:
+            set_dropout(model.network, args.dropout)
         masking.enforce(model.network, model.masks)
         hashes = {role: sha for role, (_, sha, _) in inputs.items()}
         result = fit(objective, train, valid, options, device=device, stats=args.stats,

@@ -179,3 +179,26 @@ def test_learning_rate_warms_up_and_falls(made, text, tmp_path):
     total = max(steps)
     assert steps[2] == pytest.approx(1e-3 * 2 / 4 * (1 - 1 / total), rel=1e-6)
     assert steps[total] == pytest.approx(1e-3 * 1 / total, rel=1e-6)
+
+
+def test_without_dropout_training_mode_computes_what_evaluation_mode_does(made, text):
+    model = models.load(made / "origin.pth")
+    objective, batch = training.TranslationLoss(model.network), next(iter(text[1].fixed()))
+    with torch.no_grad():
+        expected = objective.eval()(batch)[0]
+        objective.train()
+        assert abs(objective(batch)[0] - expected) > 1e-3  # the model's own dropout
+        training.set_dropout(model.network, 0.0)
+        assert objective(batch)[0] == pytest.approx(float(expected), rel=1e-5)
+    assert model.network.config.dropout_rate == 0.1
+
+
+def test_the_stage_trains_with_the_dropout_asked_for(work, stage):
+    ends = {}
+    for name, flags in (("own", ()), ("same", ("--dropout", 0.1)), ("none", ("--dropout", 0))):
+        done = stage("baseline_finetuning", "-m", work / "pruned.pth", "-o", work / f"{name}.pth", "--epochs", 1,
+                     "--stats", work / f"{name}.csv", "--data-dir", work / "text", *flags)
+        assert done.code == 0, done.err
+        ends[name] = (work / f"{name}.csv").read_text().splitlines()[-1].split(",")[2]
+    assert ends["own"] == ends["same"] != ends["none"]
+    assert stage("baseline_finetuning", "--dropout", 1.0).code == 2
