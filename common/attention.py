@@ -21,7 +21,7 @@ from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
 from common.modules import kind_of
-from common.reconstruction import Curve, Report, run_stacks, valid_tokens
+from common.reconstruction import Curve, Report, cached, run_stacks, valid_tokens
 from common.solver import solve
 
 STEP = 0.05  # of a projection's own size, in the first step; falls linearly to 0
@@ -221,27 +221,13 @@ def tune(network, bank: Bank, exact: Iterator[Report], calibration: Batches, val
             yield report
     network.eval().requires_grad_(False)
     network.set_attn_implementation("eager")  # whose masks are additive
-    groups, used = [], budget
-    for block in hard:
-        if used + need[block] > budget:
-            groups.append([])
-            used = 0
-        groups[-1].append(block)
-        used += need[block]
-    for n, group in enumerate(groups):
-        began = time.perf_counter()
-        items = _cache(network, calibration, group, device)
-        halfway = time.perf_counter()
-        check = _cache(network, valid, group, device)
-        ended = time.perf_counter()
-        curve.validation += ended - halfway
-        log(f"activations {n + 1}/{len(groups)}: {len(group)} attentions, {ended - began:.1f} s")
-        for block in group:
-            try:
-                yield from _tune_one(network, bank, hard[block], items.pop(block), check.pop(block), device, steps,
-                                     damping, curve)
-            except ArithmeticError as problem:
-                raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent inputs") from None
+    for block, texts in cached({block: need[block] for block in hard}, budget, [calibration, valid],
+                               lambda batches, blocks: _cache(network, batches, blocks, device), "attentions", curve,
+                               log):
+        try:
+            yield from _tune_one(network, bank, hard[block], *texts, device, steps, damping, curve)
+        except ArithmeticError as problem:
+            raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent inputs") from None
 
 
 def _tune_one(network, bank, exact, items, check, device, steps, damping, curve) -> Iterator[Report]:

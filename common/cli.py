@@ -237,7 +237,7 @@ def dropout(text: str) -> float:
 def add_dropout(p: argparse.ArgumentParser) -> None:
     """Add --dropout."""
     p.add_argument("--dropout", type=dropout, metavar="P",
-                   help="dropout while training (default: the model's own); 0 is better for an epoch or less")
+                   help="dropout while training (default: the model's own); 0 makes short trainings shorter")
 
 
 def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:

@@ -19,7 +19,7 @@ from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
 from common.modules import kind_of
-from common.reconstruction import Curve, Report, run_stacks, valid_tokens
+from common.reconstruction import Curve, Report, cached, run_stacks, valid_tokens
 from common.solver import solve_rows
 
 FLOOR = 0.5  # every token's least weight, in means of the unit's weights
@@ -129,34 +129,23 @@ def tune(network, bank: Bank, text: Batches, valid: Batches, device, *, budget: 
             keys.setdefault(key[0], []).append(key)
     network.eval().requires_grad_(False)
     tokens = sum(len(e.source) + len(e.target) for split in (text, valid) for e in split.dataset.examples)
-    groups, used, chunks = [], budget, {}
+    need, chunks = {}, {}
     for block in keys:
         rows, inputs = network.get_parameter(f"{block}.weight").shape
-        cached, unit = 4 * tokens * inputs, 16 * inputs ** 2 + 32 * tokens + 64 * inputs * len(keys[block])
-        if (need := 2 * max(cached, unit)) > budget:
-            raise UserError(f"{block}: its hidden units need {need / 2**20:.1f} MiB; give --memory-budget at least "
+        need[block], unit = 4 * tokens * inputs, 16 * inputs ** 2 + 32 * tokens + 64 * inputs * len(keys[block])
+        if (least := 2 * max(need[block], unit)) > budget:
+            raise UserError(f"{block}: its hidden units need {least / 2**20:.1f} MiB; give --memory-budget at least "
                             "that, or fewer --hidden-sentences")
         step = min(rows, budget // 2 // unit)
         chunks[block] = [slice(at, at + step) for at in range(0, rows, step)]
-        if used + cached > budget // 2:
-            groups.append([])
-            used = 0
-        groups[-1].append(block)
-        used += cached
-    for n, group in enumerate(groups):
-        began = time.perf_counter()
-        items = _inputs(network, text, group, device)
-        halfway = time.perf_counter()
-        check = _inputs(network, valid, group, device)
-        ended = time.perf_counter()
-        curve.validation += ended - halfway
-        log(f"inputs {n + 1}/{len(groups)}: {len(group)} feed-forwards, {ended - began:.1f} s")
-        for block in group:
-            try:
-                yield from _tune_one(network, block, [bank.read(key) for key in keys[block]], items.pop(block),
-                                     check.pop(block), chunks[block], damping, curve)
-            except ArithmeticError as problem:
-                raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent inputs") from None
+    for block, texts in cached(need, budget // 2, [text, valid],
+                               lambda batches, blocks: _inputs(network, batches, blocks, device), "feed-forwards",
+                               curve, log):
+        try:
+            yield from _tune_one(network, block, [bank.read(key) for key in keys[block]], *texts, chunks[block],
+                                 damping, curve)
+        except ArithmeticError as problem:
+            raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent inputs") from None
 
 
 def _tune_one(network, block, variants: list[Variant], x, check, chunks, damping, curve) -> Iterator[Report]:

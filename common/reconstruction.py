@@ -207,6 +207,34 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
             yield site, [split.pop(site).matrix for split in grams]
 
 
+def cached(need: dict[str, int], budget: int, splits: list[Batches], take, what: str, curve: Curve,
+           log) -> Iterator[tuple[str, list]]:
+    """Yield (block, what ``take(split, blocks)`` holds for it on each split), with as few passes as memory allows.
+
+    Args:
+        need: bytes that each block's part takes, none more than ``budget``.
+        what: the blocks' name for the log.
+        curve: the seconds of the passes over all splits but the first are added to its ``validation``. Mutated.
+    """
+    groups, used = [], budget
+    for block, size in need.items():
+        if used + size > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(block)
+        used += size
+    for n, group in enumerate(groups):
+        taken, seconds = [], []
+        for split in splits:
+            began = time.perf_counter()
+            taken.append(take(split, group))
+            seconds.append(time.perf_counter() - began)
+        curve.validation += sum(seconds[1:])
+        log(f"activations {n + 1}/{len(groups)}: {len(group)} {what}, {sum(seconds):.1f} s")
+        for block in group:
+            yield block, [held.pop(block) for held in taken]
+
+
 def tune_exactly(network, bank: Bank, calibration: Batches, valid: Batches, device, *, budget: int, damping: float,
                  curve: Curve, log=lambda text: print(text, file=sys.stderr)) -> Iterator[Report]:
     """Yield every variant of a bank, re-fitted exactly to the original's outputs.

@@ -13,11 +13,11 @@ from tests.test_recalibration import quiet
 from tests.test_reconstruction import brute_force
 
 
-def tune(made, text, budget=1 << 30, name="pruned.npy"):
+def tune(made, text, budget=1 << 30):
     network, logged = models.load(made / "origin.pth").network, []
     curve = reconstruction.Curve()
-    reports = list(hidden.tune(network, bank.load(made / name), *text, "cpu", budget=budget, damping=1e-4, curve=curve,
-                               log=logged.append))
+    reports = list(hidden.tune(network, bank.load(made / "pruned.npy"), *text, "cpu", budget=budget, damping=1e-4,
+                               curve=curve, log=logged.append))
     return network, reports, curve, logged
 
 
@@ -109,7 +109,7 @@ def test_a_gated_units_weights_are_its_squared_derivative(tmp_path, part):
     assert errors == pytest.approx([0.0, 1.0], abs=1e-6)
 
 
-def test_a_unit_that_never_passes_anything_on_is_fitted_to_all_tokens(made, text):
+def test_a_unit_that_never_passes_anything_on_is_fitted_to_all_tokens(made):
     network = models.load(made / "origin.pth").network
     units = hidden._Units(network, "encoder.block.0.layer.1.DenseReluDense.wi")
     x = torch.rand(6, network.config.d_model)
