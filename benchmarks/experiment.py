@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 TARGETS = (0.10, 0.05, 0.03, 0.01)  # validation loss above the dense model's, as a fraction
-GRID = (2.5e-4, 5e-4, 1e-3, 2e-3)
+GRID = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 ARMS = ("baseline", "composed")
 
 
@@ -75,7 +75,8 @@ class Experiment:
         output = folder / f"{arm}_{n}{tag}.pth"
         stats = output.with_suffix(".csv")
         flags = ["-o", output, "--stats", stats, "--lr", lr, "--epochs", 1, "--eval-every", self.args.eval_every,
-                 "--max-train-sentences", self.args.max_train_sentences, *self.seed(folder), *self.text]
+                 "--max-train-sentences", self.args.max_train_sentences, "--dropout", self.args.dropout,
+                 *self.seed(folder), *self.text]
         flags += ["--target-loss", target] if target else []
         chosen = ["-m", self.args.model, "-c", folder / "conf.json", "-n", n]
         if arm == "baseline":
@@ -118,7 +119,7 @@ def run(args) -> dict:
         result = {"dense": dense, "targets": TARGETS, "grid": grid, "lr": lrs, "seeds": [],
                   "settings": {k: getattr(args, k) for k in (
                       "jobs", "threads", "criterion", "attention_steps", "calibration_sentences", "eval_every",
-                      "max_train_sentences", "configurations", "target")}}
+                      "max_train_sentences", "configurations", "target", "dropout")}}
         uniform = (args.configurations + 1) // 2
         for seed in range(args.seeds):
             folder = e.bank(e.out / f"seed{seed}", "-n", uniform, "--mixed", args.configurations - uniform)
@@ -164,6 +165,8 @@ def main(argv=None) -> int:
                    "(default: 1000)")
     p.add_argument("--max-train-sentences", type=int, default=16000, metavar="N", help="one epoch over so many pairs "
                    "is the longest training (default: 16000)")
+    p.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of both arms; the model's own, 0.1, makes "
+                   "their last steps slow (default: 0)")
     p.add_argument("--eval-every", type=int, default=10, metavar="STEPS")
     p.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at once (default: 2)")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default: 1)")
