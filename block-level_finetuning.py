@@ -5,7 +5,7 @@ Reads the original model and a bank. Writes the tuned bank, statistics, and a ta
 errors. --solver exact needs one pass of the original over some calibration text. adamw trains for epochs against the
 original's outputs and also tunes q, k and v. joint takes a bank that is tuned already and trains it in random
 compositions on the translation loss, so that variants learn to work together. --resume and the flags under
-"training" are for the latter two. Errors are relative: E|y - y'|² / E|y|².
+"training", but for --stats and --batch-tokens, are for the latter two. Errors are relative: E|y - y'|² / E|y|².
 
     python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
 """
@@ -29,7 +29,8 @@ def build_parser():
                    help="bank to tune (.npy)")
     cli.add_output(p, "finetuned_modules.npy", "bank to write")
     p.add_argument("--variants", type=Path, metavar="CSV",
-                   help="table of variants: rates, errors before and after, seconds (default: STATS.variants.csv)")
+                   help="table of variants: rates, errors before and after, seconds (default: STATS.variants.csv); the "
+                        "exact solver starts from the original's masked weights, whatever the bank holds")
     p.add_argument("--solver", choices=("exact", "adamw", "joint"), default="exact",
                    help="exact: least squares from the original's activations; adamw: gradient descent; joint: "
                         "gradient descent in composition")
@@ -52,9 +53,9 @@ def build_parser():
     return p
 
 
-def tune_exactly(args, model, opened, writer, device, calibration, valid):
+def tune_exactly(args, model, opened, writer, device, calibration, valid, few):
     """Write the least-squares solutions; return the statistics' rows, the variants' rows and a summary."""
-    from common import attention, data, hidden, models, reconstruction
+    from common import attention, hidden, models, reconstruction
 
     curve, table, solving, last = reconstruction.Curve(), [], 0.0, 0
     began = time.perf_counter()
@@ -66,7 +67,6 @@ def tune_exactly(args, model, opened, writer, device, calibration, valid):
         reports = attention.tune(network, opened, reports, *text, **shared, steps=args.attention_steps,
                                  above=args.attention_error)
     if args.hidden_sentences:
-        few = data.load_train(args, model, args.hidden_sentences)
         reports = itertools.chain(reports, hidden.tune(network, opened, few, valid, device, **shared))
     for r in reports:
         writer.add(r.variant)
@@ -114,6 +114,20 @@ def tune_by_gradient(args, model, opened, writer, device, train, valid, inputs, 
     return table, f"{result.steps} steps in {result.seconds:.1f} s; {result.reason}", options
 
 
+def check_solver(args) -> None:
+    """Refuse flags that the solver would ignore, and check the outputs."""
+    if args.attention_error and not args.attention_steps:
+        raise cli.UserError("--attention-error says where to take --attention-steps; give their number")
+    if args.solver == "exact":
+        if args.resume:
+            raise cli.UserError("--resume goes on with a training; the exact solver keeps no checkpoint, leave it out")
+        cli.check_outputs(args.overwrite, args.output, args.stats, args.variants)
+    else:
+        if args.attention_steps or args.hidden_sentences:
+            raise cli.UserError(f"--attention-steps and --hidden-sentences belong to --solver exact, not {args.solver}")
+        cli.check_training(args, args.variants)
+
+
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     args.variants = args.variants or args.stats.with_suffix(".variants.csv")
@@ -122,7 +136,7 @@ def main(argv=None) -> int:
         if args.solver != "joint":
             raise cli.UserError("-c says what --solver joint draws; the other solvers tune each variant apart")
         cli.check_inputs(args.configurations)
-    cli.check_training(args, args.variants)
+    check_solver(args)
     from common import bank, configs, data, files, models, runtime, training
     from common.provenance import provenance
 
@@ -140,11 +154,15 @@ def main(argv=None) -> int:
     with files.locked(args.output, args.stats, args.variants):
         train, valid = data.load_batches(args, model, args.calibration_sentences if args.solver == "exact" else None)
         inputs |= {"training text": data.text_input(args, train), "validation text": data.text_input(args, valid)}
+        few = data.load_train(args, model, args.hidden_sentences) if args.hidden_sentences else None
+        if few:
+            inputs["hidden units' text"] = data.text_input(args, few)
         origin = provenance("block-level_finetuning.py", args, inputs)
         tuned = bank.HIDDEN_UNITS if args.solver == "exact" and args.hidden_sentences else args.solver
         with bank.create(args.output, model.identity, opened.scheme, tuned, origin) as writer:
             if args.solver == "exact":
-                rows, table, summary = tune_exactly(args, model, opened, writer, device, train, valid)
+                rows, table, summary = tune_exactly(args, model, opened, writer, device, train, valid,
+                                                    few)
                 files.write_bytes(args.stats, training.statistics_csv(rows, training.COLUMNS[:5]))
             else:
                 table, summary, options = tune_by_gradient(args, model, opened, writer, device, train,

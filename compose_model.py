@@ -24,7 +24,7 @@ def build_parser():
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    cli.check_inputs(args.model, args.bank, args.configurations)
+    cli.check_composition(args)
     from common import composition, files, models, recalibration, runtime
     from common.provenance import provenance, tell
 

@@ -30,17 +30,18 @@ def build_parser():
                        help=f"fraction of {unit} removed in [0, 1), one for each configuration (default: evenly from "
                             f"{MILD[kind]} to {HARSH[kind]})")
     p.add_argument("-n", "--number", type=cli.count, metavar="N",
-                   help="number of configurations (default: as many as rates are given, else 3)")
+                   help="number of configurations (default: as many as rates are given, else 3); in a search, for each "
+                        "value of --sparsity and --target-loss (default: 1)")
     p.add_argument("--mixed", type=cli.index, default=0, metavar="N",
                    help="add N configurations in which each block takes its rates from one of the others, drawn by "
                         "--seed; they need no further variants")
     g = p.add_argument_group("search in a tuned bank")
     g.add_argument("-p", "--bank", type=Path, metavar="BANK", help="tuned bank (.npy) whose variants are combined")
     g.add_argument("--sparsity", type=cli.rate, nargs="+", default=[], metavar="S",
-                   help="fraction of all prunable weights removed; for each the configuration of least expected loss")
+                   help="fraction of all prunable weights removed; for each the configurations of least expected loss")
     g.add_argument("--target-loss", type=cli.positive, nargs="+", default=[], metavar="X",
-                   help="validation loss; for each the smallest configuration expected to meet it after "
-                        "recalibration")
+                   help="loss on the --validation-sentences; for each the smallest configurations expected to meet it "
+                        "after recalibration")
     g.add_argument("--sensitivity", type=Path, metavar="FILE",
                    help="validation loss with each variant alone in the model; measured if it is not there (default: "
                         "BANK.sensitivity.json)")
@@ -108,17 +109,18 @@ def searched(args, model) -> list[dict]:
             print(f"{path}: losses of {len(found.losses)} variants, one by one")
     sizes, total = search.kept_weights(model.network, opened)
     front = search.front(found, sizes)
-    wanted = [(f"sparsity {s:g}", front.at_sparsity(s, total)) for s in args.sparsity]
-    wanted += [(f"loss {x:g}", front.at_loss(x)) for x in args.target_loss]
-    for name, place in wanted:
-        if place is None:
+    number = args.number or 1
+    wanted = [(f"sparsity {s:g}", front.at_sparsity(s, total, number)) for s in args.sparsity]
+    wanted += [(f"loss {x:g}", front.at_loss(x, number)) for x in args.target_loss]
+    for name, places in wanted:
+        if not places:
             raise cli.UserError(f"{args.bank}: no combination of its variants has {name}; they reach from sparsity "
                                 f"{1 - front.sizes[0] / total:.3f} at an expected loss of {front.losses[0]:.4f} to "
                                 f"{1 - front.sizes[-1] / total:.3f} at {front.losses[-1]:.4f}")
     print(f"{len(front.sizes):,} best configurations out of all combinations; the original's loss {found.dense:.4f}")
     text = data.load_train(args, model, args.calibration_sentences) if args.verify else None
     configurations = []
-    for n, (name, place) in enumerate(wanted):
+    for n, (name, place) in enumerate((name, place) for name, places in wanted for place in places):
         configurations.append(front.configuration(place))
         line = (f"configuration {n}: for {name}: sparsity {1 - front.sizes[place] / total:.3f}, expected loss "
                 f"{front.losses[place]:.4f}")
@@ -139,8 +141,8 @@ def main(argv=None) -> int:
     search = bool(args.sparsity or args.target_loss)
     if search != bool(args.bank):
         raise cli.UserError("a search needs a bank (-p) and --sparsity or --target-loss")
-    if search and (args.attention or args.linear or args.number or args.mixed):
-        raise cli.UserError("--attention, --linear, -n and --mixed name rates; a search finds them")
+    if search and (args.attention or args.linear or args.mixed):
+        raise cli.UserError("--attention, --linear and --mixed name rates; a search finds them")
     cli.check_inputs(args.model, *([args.bank] if search else []))
     cli.check_outputs(args.overwrite, args.output)
     from common import files, models

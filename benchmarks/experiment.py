@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 TARGETS = (0.10, 0.05, 0.03, 0.01)  # validation loss above the dense model's, as a fraction
 GRID = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 ARMS = ("baseline", "composed")
+SETTINGS = ("jobs", "threads", "criterion", "attention_steps", "calibration_sentences", "eval_every",
+            "max_train_sentences", "configurations", "target", "dropout")
 
 
 class Experiment:
@@ -106,6 +108,10 @@ class Experiment:
 def run(args) -> dict:
     """Run what is not there yet; return everything measured."""
     e = Experiment(args)
+    settings, path = {k: getattr(args, k) for k in SETTINGS}, e.out / "settings.json"
+    if path.exists() and (other := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        raise SystemExit(f"{e.out}: holds runs with {other}; give another --out, or the same flags")
+    path.write_text(json.dumps(settings), encoding="utf-8")
     dense = e.evaluate(e.out / "scores.json", [args.model])[args.model.stem]
     limit = dense["validation_loss"] * (1 + args.target)
     lr_folder = e.bank(e.out / "lr", "--attention", 0.375, "--linear", 0.65)
@@ -117,9 +123,7 @@ def run(args) -> dict:
                for arm in ARMS}
         print("learning rates: " + ", ".join(f"{arm} {lr:g}" for arm, lr in lrs.items()), flush=True)
         result = {"dense": dense, "targets": TARGETS, "grid": grid, "lr": lrs, "seeds": [],
-                  "settings": {k: getattr(args, k) for k in (
-                      "jobs", "threads", "criterion", "attention_steps", "calibration_sentences", "eval_every",
-                      "max_train_sentences", "configurations", "target", "dropout")}}
+                  "settings": settings}
         uniform = (args.configurations + 1) // 2
         for seed in range(args.seeds):
             folder = e.bank(e.out / f"seed{seed}", "-n", uniform, "--mixed", args.configurations - uniform)

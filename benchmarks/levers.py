@@ -2,9 +2,9 @@
 """Measure what else could shorten model-level fine-tuning, or make the bank better: mostly what did not pay.
 
 Reads a model, a tuned bank, a configuration file, and Multi30K. Composes and recalibrates one configuration and trains
-it for some steps in each way: averaged weights, distillation from the dense model, other optimizers, among them two
-that use the curvature which block level and recalibration have anyway. Then tunes the bank in random compositions
-(`--solver joint` and variations of it). Prints validation losses and seconds a step; writes levers.json.
+it for some steps in each way, without dropout: averaged weights, distillation from the dense model, other optimizers,
+among them two that use the curvature which block level and recalibration have anyway. Then tunes the bank in random
+compositions (`--solver joint` and variations of it). Prints validation losses and seconds a step; writes levers.json.
 
     python benchmarks/levers.py --model origin_model.pth --bank finetuned_modules.npy --configurations conf.json -n 7
 """
@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from common import bank, composition, configs, data, distillation, masking, models, recalibration, runtime, training
 from common.reconstruction import gather
 
-LR = 1e-3  # AdamW's default here; Muon's update is scaled to AdamW's, K-FAC's to the same root mean square
+LR = 5e-4  # what the experiment chose; Muon's update is scaled to AdamW's, K-FAC's to the same root mean square
+JOINT_LR = 1e-3
 
 
 class Curvature(torch.optim.Optimizer):
@@ -89,7 +90,7 @@ class Bench:
         options = data.DataOptions("multi30k", args.data_dir, "en", "de", "test_2016_flickr")
         pairs = data.read_pairs(options, "train")
         self.train = data.Batches(pairs, model, 2048)
-        self.few = data.Batches(data.sample(pairs, 500, 0), model, 2048)
+        self.text, self.few = (data.Batches(data.sample(pairs, n, 0), model, 2048) for n in (1000, 125))
         self.valid = data.Batches(data.read_pairs(options, "val"), model, 8192)
         self.original = models.place(model.network, "cpu").eval()
         self.start = self.compose(args.number, "loss")
@@ -100,7 +101,7 @@ class Bench:
         composition.compose(model, self.bank, self.configurations[n])
         models.place(model.network, "cpu")
         if metric:
-            recalibration.recalibrate(self.original, model, self.few, "cpu", 1e-4,
+            recalibration.recalibrate(self.original, model, self.text, "cpu", 1e-4,
                                       self.few if metric == "loss" else None, self.bank.keeps_hidden,
                                       log=lambda _: None)
         return model
@@ -111,8 +112,8 @@ class Bench:
     @functools.cached_property
     def factors(self) -> dict[str, tuple]:
         """Return {name of a weight, as trained under its mask: (E[x xᵀ], E[g gᵀ])} of the original."""
-        outputs = recalibration.loss_metrics(self.original, self.few, "cpu")
-        inputs = gather(self.original, self.few, list(outputs), "cpu")
+        outputs = recalibration.loss_metrics(self.original, self.text, "cpu")
+        inputs = gather(self.original, self.text, list(outputs), "cpu")
         return {f"{name}.parametrizations.weight.original" if f"{name}.weight" in self.start.masks
                 else f"{name}.weight": (inputs[name].matrix, outputs[name]) for name in outputs}
 
@@ -129,6 +130,7 @@ class Bench:
         model = models.load(self.args.model)
         network, before = models.place(model.network, "cpu"), self.start.network.state_dict()
         network.load_state_dict(before)
+        training.set_dropout(network, 0.0)
         masking.enforce(network, self.start.masks)
         named, losses, seconds = list(network.named_parameters()), [], 0.0
         made, mean = optimizer(named), [p.detach().clone() for _, p in named]
@@ -136,7 +138,7 @@ class Bench:
         for n, examples in enumerate(self.train.epoch(0)[:self.args.steps]):
             began = time.perf_counter()
             network.train()
-            loss = self._objective(network, self.train.collate(examples), kind)
+            loss = self.objective(network, self.train.collate(examples), kind)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             made.step()
@@ -152,10 +154,11 @@ class Bench:
                     torch._foreach_copy_(weights, kept)
         return {"losses": losses, "seconds_a_step": seconds / self.args.steps}
 
-    def _objective(self, network, batch, kind: str):
+    def objective(self, network, batch, kind: str):
+        """Return the loss of a kind (see `steps`) on a batch, where ``network`` is called as T5 is."""
         labels, valid = batch["labels"], batch["labels"] >= 0
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"],
-                  "decoder_input_ids": training.shift_right(labels, network.config),
+                  "decoder_input_ids": training.shift_right(labels, self.original.config),
                   "output_hidden_states": kind == "states"}
         out = network(**inputs)
         logs = F.log_softmax(out.logits[valid], -1)
@@ -172,11 +175,11 @@ class Bench:
         return loss
 
     def joint(self, kind: str) -> dict:
-        """Tune the bank in random compositions; return the losses of four configurations before, midway and after.
+        """Tune the bank in random compositions; return the losses of five configurations before, midway and after.
 
         Args:
-            kind: ``ce``, ``kl`` (to the dense model's distribution), ``two`` (compositions a step), ``shared`` (what
-                no configuration prunes is trained, too).
+            kind: one of `steps`, ``two`` (compositions a step), ``shared`` (what no configuration prunes is trained,
+                too).
         """
         torch.manual_seed(0)
         original = models.place(models.load(self.args.model).network, "cpu")
@@ -186,7 +189,7 @@ class Bench:
             pruned = {name for v in tuned.variants for name in v.weights}
             more = [p for name, p in original.named_parameters() if name not in pruned]
             trained += [p.requires_grad_() for p in more]
-        optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.01, fused=True)
+        optimizer = torch.optim.AdamW(trained, lr=JOINT_LR, weight_decay=0.01, fused=True)
         place = {v.key: i for i, v in enumerate(tuned.variants)}
         judged = [[place[key] for key in configs.required_variants(c).items()]
                   for c in self.configurations[:8:2] + self.configurations[7:8]]
@@ -198,26 +201,20 @@ class Bench:
                 sums = [[tuned.composed(chosen, batch) for batch in self.valid.fixed()] for chosen in judged]
             losses.append([float(sum(x for x, _ in s) / sum(n for _, n in s)) for s in sums])
 
-        def divergence(batch):
-            labels, valid = batch["labels"], batch["labels"] >= 0
-            inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"],
-                      "decoder_input_ids": training.shift_right(labels, original.config)}
-            with torch.no_grad():
-                dense = F.log_softmax(original(**inputs).logits[valid], -1)
-            weights = {name: w for i in tuned.draw() for name, w in tuned.masked(i).items()}
-            logits = torch.func.functional_call(original, weights, (), inputs).logits[valid]
-            return F.kl_div(F.log_softmax(logits, -1), dense, log_target=True, reduction="batchmean")
+        def composition_of(weights):
+            return lambda **inputs: torch.func.functional_call(original, weights, (), inputs)
 
         judge()
         for n, examples in enumerate(self.train.epoch(0)[:self.args.joint_steps]):
             began = time.perf_counter()
             tuned.train()
             batch = self.train.collate(examples)
-            if kind == "kl":
-                loss = divergence(batch)
-            else:
-                parts = [tuned(batch) for _ in range(2 if kind == "two" else 1)]
-                loss = sum(x / count for x, count in parts) / len(parts)
+            loss = 0.0
+            for _ in range(2 if kind == "two" else 1):
+                weights = {name: w for i in tuned.draw() for name, w in tuned.masked(i).items()}
+                distilled = kind if kind in ("kl", "both", "states") else "ce"
+                loss = loss + self.objective(composition_of(weights), batch, distilled)
+            loss = loss / (2 if kind == "two" else 1)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -246,6 +243,7 @@ def main(argv=None) -> int:
         return torch.optim.AdamW([p for _, p in named], lr=lr, weight_decay=0.01, fused=True)
 
     ways = {"AdamW": lambda: b.steps(adamw), "AdamW, half the rate": lambda: b.steps(lambda n: adamw(n, LR / 2)),
+            "AdamW, twice the rate": lambda: b.steps(lambda n: adamw(n, 2 * LR)),
             "average of the weights, 0.95": lambda: b.steps(adamw, average=0.95),
             "distillation, logits": lambda: b.steps(adamw, "kl"),
             "distillation, logits and translation loss": lambda: b.steps(adamw, "both"),
@@ -253,7 +251,8 @@ def main(argv=None) -> int:
             "Muon": lambda: b.steps(lambda n: Muon(n, 2 * LR)),
             "Adam in fixed eigenbases": lambda: b.steps(lambda n: Curvature(n, b.factors, "eigenbasis", LR)),
             "K-FAC": lambda: b.steps(lambda n: Curvature(n, b.factors, "kfac", LR / 2))}
-    ways |= {f"joint, {kind}": lambda kind=kind: b.joint(kind) for kind in ("ce", "kl", "two", "shared")}
+    ways |= {f"joint, {kind}": lambda kind=kind: b.joint(kind) for kind in (
+        "ce", "kl", "both", "states", "two", "shared")}
     result = {"start": {m or "composed": b.loss(b.compose(args.number, m).network) for m in (None, "output", "loss")}}
     print(f"configuration {args.number}: {result['start']}", flush=True)
     path = args.results / (f"levers_{args.only}.json" if args.only else "levers.json")

@@ -5,7 +5,7 @@ Reads a model file and Multi30K. Four tables, each judged by the composed model'
 calibration text is enough; attention (choice of heads, what is fitted); linear modules (criterion); recalibration.
 Writes recovery.json (raw, a finished row is not measured again) and calibration.png into --out.
 
-    python benchmarks/recovery.py --model origin_model.pth --data-dir data/multi30k --out docs/results
+    python benchmarks/recovery.py --model origin_model.pth --data-dir data/multi30k --out out/recovery
 """
 
 import argparse
@@ -37,6 +37,8 @@ class Bench:
         self.results = args.out / "recovery.json"
         self.rows = json.loads(self.results.read_text()) if self.results.exists() else {}
         self.original = models.load(args.model)
+        if self.rows.setdefault("model", self.original.identity) != self.original.identity:
+            raise SystemExit(f"{self.results}: holds rows of another model; give another --out")
         self.network = models.place(self.original.network, "cpu")
         options = data.DataOptions("multi30k", args.data_dir, "en", "de", "test_2016_flickr")
         self.train, self.test = (data.read_pairs(options, split) for split in ("train", "test_2016_flickr"))

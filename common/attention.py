@@ -21,7 +21,7 @@ from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
 from common.modules import kind_of
-from common.reconstruction import Curve, Report, cached, run_stacks, valid_tokens
+from common.reconstruction import Curve, Report, cached, check_budget, run_stacks, valid_tokens
 from common.solver import solve
 
 STEP = 0.05  # of a projection's own size, in the first step; falls linearly to 0
@@ -132,7 +132,9 @@ class _Heads:
 
     def descend(self, items: list[tuple], steps: int) -> None:
         """Take steps on all weights. Mutates them."""
-        whiteners = {part: _whitener([item[i] for item in items]) for part, i in (("q", 0), ("k", 1), ("v", 1))}
+        own = _whitener([states[valid] for states, *_, valid, _ in items])
+        source = own if items[0][1] is items[0][0] else _whitener([item[1][_visible(item[2])] for item in items])
+        whiteners = {"q": own, "k": source, "v": source}
         scale = float(sum(item[4].square().sum() for item in items) / sum(item[3].sum() for item in items))
         sizes = {part: (w.detach() @ torch.linalg.inv(whiteners[part]) if part != "o" else w.detach()[self.keep])
                  .square().mean().sqrt() for part, w in self.weights.items()}
@@ -168,9 +170,14 @@ class _Heads:
             yield Variant(variant.block, variant.rates, weights, variant.masks)
 
 
+def _visible(biases: torch.Tensor) -> torch.Tensor:
+    """Return which source tokens (batch, length) a cross-attention sees, where the mask is in its biases."""
+    return biases.amax(dim=(1, 2)) > torch.finfo(biases.dtype).min / 2
+
+
 def _whitener(states: list[torch.Tensor]) -> torch.Tensor:
-    """Return (E[x xᵀ] + ridge)^(-1/2), up to a factor, over all tokens."""
-    gram = sum((x.flatten(0, 1).T @ x.flatten(0, 1)).double() for x in states)
+    """Return (E[x xᵀ] + ridge)^(-1/2), up to a factor, over tokens (batches of (tokens, d_model))."""
+    gram = sum((x.T @ x).double() for x in states)
     gram /= gram.diagonal().mean()
     values, vectors = torch.linalg.eigh(gram + WHITENING * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     return ((vectors / values.sqrt()) @ vectors.T).float()
@@ -207,9 +214,7 @@ def tune(network, bank: Bank, exact: Iterator[Report], calibration: Batches, val
     need = {}
     for block in dict.fromkeys(block for block, rates in bank.entries if kind_of(block) == "attention" and rates[0]):
         need[block] = _bytes(network, block, calibration) + _bytes(network, block, valid)
-        if need[block] > budget:
-            raise UserError(f"{block}: its activations need {need[block] / 2**20:.1f} MiB; give --memory-budget at "
-                            "least that, or fewer --calibration-sentences")
+    check_budget(need, budget, "activations", ", or fewer --calibration-sentences")
     hard: dict[str, list[Report]] = {}
     for report in exact:
         variant = report.variant

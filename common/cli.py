@@ -201,11 +201,11 @@ def add_composition(p: argparse.ArgumentParser, bank: str) -> None:
     g = p.add_argument_group("recalibration")
     g.add_argument("--recalibrate", action="store_true",
                    help="re-fit the composed model's linear weights, layer by layer and without gradients, to the "
-                        "inputs they receive in it; masks stay; left out where the composed model meets "
-                        "--target-loss as it is")
+                        "inputs they receive in it; masks stay; a model that meets model-level_finetuning.py's "
+                        "--target-loss as it is stays as it is")
     g.add_argument("--metric", choices=("output", "loss"), default="output",
                    help="what the fit's errors are weighed with: output: all outputs alike; loss: the gradients of the "
-                        "original's loss, better at high pruning rates for half as much time again")
+                        "original's loss, better at high pruning rates, for up to a third of the time again")
     add_calibration(g)
 
 
@@ -276,6 +276,13 @@ def check_inputs(*paths: Path) -> None:
     problems = [p for p in map(file_problem, paths) if p]
     if problems:
         raise UserError("; ".join(problems))
+
+
+def check_composition(args) -> None:
+    """Check the flags of `add_composition` against each other, and that the files are there."""
+    check_inputs(args.model, args.bank, args.configurations)
+    if args.metric != "output" and not args.recalibrate:
+        raise UserError(f"--metric {args.metric} says how --recalibrate weighs errors; add that")
 
 
 def checkpoint_folder(args) -> Path:

@@ -76,9 +76,9 @@ def prune_scheme_by_activations(network, scheme: Scheme, criterion: str, calibra
     blocks: dict[str, list[str]] = {}
     for block in scheme:
         blocks.setdefault(reconstruction.input_site(block), []).append(block)
-    for site, (gram,) in reconstruction.grouped(network, list(blocks), [calibration], device, budget):
+    for site, moments in reconstruction.grouped(network, list(blocks), [calibration], device, budget):
         for block in blocks[site]:
-            yield from prune_block(network, block, scheme[block], criterion, gram)
+            yield from prune_block(network, block, scheme[block], criterion, *moments)
 
 
 @torch.no_grad()

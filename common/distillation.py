@@ -9,6 +9,7 @@ from torch.func import functional_call
 from common.bank import Bank, Variant
 from common.configs import Configuration, required_variants
 from common.data import Batches
+from common.files import UserError
 from common.reconstruction import run_stacks, valid_tokens
 from common.training import TranslationLoss
 
@@ -111,19 +112,27 @@ class JointTranslation(BankWeights):
 
     Every training batch composes the original with one variant of each block, drawn from the global random state
     (which checkpoints keep); only what was drawn gets a gradient. In evaluation mode the loss is the mean over a
-    fixed set of configurations. No dropout.
+    fixed set of configurations: up to four, spread over those given, or mixtures drawn by ``seed``. No dropout.
     """
 
     def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0):
-        """Draw from ``configurations`` if given, else from all mixtures of the bank's variants."""
+        """Draw from those of ``configurations`` that prune something if given, else from all mixtures of variants.
+
+        Raises:
+            UserError: none of them does.
+        """
         super().__init__(network, bank, device)
         place = {variant.key: i for i, variant in enumerate(self.variants)}
         self.blocks: dict[str, list[int]] = {}
-        for i, variant in enumerate(self.variants):
-            self.blocks.setdefault(variant.block, []).append(i)
+        for key in sorted(place):  # what a seed draws does not depend on the order in which a bank was written
+            self.blocks.setdefault(key[0], []).append(place[key])
         self.choices = [[place[key] for key in required_variants(c).items()] for c in configurations or ()]
+        self.choices = [chosen for chosen in self.choices if chosen]
+        if configurations and not self.choices:
+            raise UserError("none of the configurations prunes anything; there is nothing to tune")
         draw = random.Random(f"mixtures/{seed}")
-        self.fixed = self.choices[:VALIDATION_MIXTURES] or [
+        spread = {len(self.choices) * (2 * i + 1) // (2 * VALIDATION_MIXTURES) for i in range(VALIDATION_MIXTURES)}
+        self.fixed = [self.choices[i] for i in sorted(spread) if self.choices] or [
             [draw.choice(variants) for variants in self.blocks.values()] for _ in range(VALIDATION_MIXTURES)]
         self.loss = [TranslationLoss(network)]
 

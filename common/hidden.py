@@ -19,7 +19,7 @@ from common.bank import Bank, Variant
 from common.data import Batches
 from common.files import UserError
 from common.modules import kind_of
-from common.reconstruction import Curve, Report, cached, run_stacks, valid_tokens
+from common.reconstruction import Curve, Report, cached, check_budget, run_stacks, side_of, valid_tokens
 from common.solver import solve_rows
 
 FLOOR = 0.5  # every token's least weight, in means of the unit's weights
@@ -109,10 +109,11 @@ class _Units:
         return [s / power for s in sums]
 
 
-@torch.no_grad()
 def tune(network, bank: Bank, text: Batches, valid: Batches, device, *, budget: int, damping: float, curve: Curve,
          log=lambda line: print(line, file=sys.stderr)) -> Iterator[Report]:
-    """Yield the variants of a bank that feed hidden units (`is_input`), re-fitted for these; errors are theirs.
+    """Return the variants of a bank that feed hidden units (`is_input`), re-fitted for these; errors are theirs.
+
+    What can be refused is refused at once; the work is done when the reports are asked for.
 
     Args:
         network: the original model, on ``device``.
@@ -127,25 +128,32 @@ def tune(network, bank: Bank, text: Batches, valid: Batches, device, *, budget: 
     for key in bank.entries:
         if is_input(key[0]):
             keys.setdefault(key[0], []).append(key)
-    network.eval().requires_grad_(False)
-    tokens = sum(len(e.source) + len(e.target) for split in (text, valid) for e in split.dataset.examples)
-    need, chunks = {}, {}
+    tokens = {side: sum(len(getattr(e, side)) for split in (text, valid) for e in split.dataset.examples)
+              for side in ("source", "target")}
+    need, unit = {}, {}
     for block in keys:
-        rows, inputs = network.get_parameter(f"{block}.weight").shape
-        need[block], unit = 4 * tokens * inputs, 16 * inputs ** 2 + 32 * tokens + 64 * inputs * len(keys[block])
-        if (least := 2 * max(need[block], unit)) > budget:
-            raise UserError(f"{block}: its hidden units need {least / 2**20:.1f} MiB; give --memory-budget at least "
-                            "that, or fewer --hidden-sentences")
-        step = min(rows, budget // 2 // unit)
-        chunks[block] = [slice(at, at + step) for at in range(0, rows, step)]
-    for block, texts in cached(need, budget // 2, [text, valid],
-                               lambda batches, blocks: _inputs(network, batches, blocks, device), "feed-forwards",
-                               curve, log):
-        try:
-            yield from _tune_one(network, block, [bank.read(key) for key in keys[block]], *texts, chunks[block],
-                                 damping, curve)
-        except ArithmeticError as problem:
-            raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent inputs") from None
+        inputs, count = network.get_parameter(f"{block}.weight").shape[1], tokens[side_of(block)]
+        need[block], unit[block] = 4 * count * inputs, 16 * inputs ** 2 + 32 * count + 64 * inputs * len(keys[block])
+    check_budget({block: 2 * max(need[block], unit[block]) for block in keys}, budget, "hidden units",
+                 ", or fewer --hidden-sentences")
+
+    @torch.no_grad()
+    def reports():
+        network.eval().requires_grad_(False)
+        for block, texts in cached(need, budget // 2, [text, valid],
+                                   lambda batches, blocks: _inputs(network, batches, blocks, device), "feed-forwards",
+                                   curve, log):
+            rows = len(network.get_parameter(f"{block}.weight"))
+            step = min(rows, budget // 2 // unit[block])
+            chunks = [slice(at, at + step) for at in range(0, rows, step)]
+            try:
+                yield from _tune_one(network, block, [bank.read(key) for key in keys[block]], *texts, chunks, damping,
+                                     curve)
+            except ArithmeticError as problem:
+                raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent "
+                                "inputs") from None
+
+    return reports()
 
 
 def _tune_one(network, block, variants: list[Variant], x, check, chunks, damping, curve) -> Iterator[Report]:

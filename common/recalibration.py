@@ -27,7 +27,7 @@ from common.data import Batches, load_train, load_valid, text_input
 from common.files import UserError
 from common.models import Model
 from common.modules import HEAD_PARTS
-from common.reconstruction import valid_tokens
+from common.reconstruction import add_products, mirror, valid_tokens
 from common.solver import solve, solve_weighted
 from common.training import TranslationLoss, evaluate, shift_right
 
@@ -52,11 +52,13 @@ class _Fit:
 
     def __init__(self, sweep: "_Sweep", names: list[str]):
         self.sweep, self.names = sweep, names
-        self.gram = self.cross = self.tokens = 0
+        inputs = sweep.composed.get_parameter(f"{names[0]}.weight")
+        self.gram = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64, device=inputs.device)
+        self.cross = self.tokens = 0
 
     def add(self, x: torch.Tensor, targets: list[torch.Tensor]) -> None:
         """Add rows of inputs (tokens, in) and each module's targets (tokens, out)."""
-        self.gram = self.gram + (x.T @ x).double()
+        add_products(self.gram, x)
         self.cross = self.cross + (torch.cat(targets, dim=1).T @ x).double()
         self.tokens += len(x)
 
@@ -65,6 +67,7 @@ class _Fit:
         weights = [self.sweep.composed.get_parameter(f"{name}.weight") for name in self.names]
         masks = [self.sweep.masks.get(f"{name}.weight", torch.ones_like(w, dtype=torch.bool))
                  for name, w in zip(self.names, weights, strict=True)]
+        mirror(self.gram)
         gram, cross, sizes = self.gram / self.tokens, self.cross / self.tokens, [len(w) for w in weights]
         try:
             if self.sweep.metrics:
@@ -127,7 +130,7 @@ def _additive(allowed: torch.Tensor) -> torch.Tensor:
 
 
 class _Sweep:
-    """The state of one sweep; one method for each kind of layer. No module runs twice for a batch."""
+    """The state of one sweep; one method for each kind of layer. Both models walk through the text once."""
 
     def __init__(self, original, model: Model, damping: float, metrics: dict[str, torch.Tensor], keep_hidden: bool):
         self.original, self.composed, self.masks = original, model.network, model.masks
@@ -231,6 +234,8 @@ def from_args(args, model: Model, device, inputs: dict) -> None:
     inputs["calibration text"] = text_input(args, calibration)
     original = models.place(models.load(args.model).network, device)
     few = load_train(args, model, min(METRIC_SENTENCES, args.calibration_sentences)) if args.metric == "loss" else None
+    if few:
+        inputs["metric text"] = text_input(args, few)
     recalibrate(original, model, calibration, device, args.damping, few, bank.load(args.bank).keeps_hidden)
 
 

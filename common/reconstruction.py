@@ -42,14 +42,27 @@ def run_stacks(network, batch) -> torch.Tensor:
                            encoder_attention_mask=batch["attention_mask"], use_cache=False)[0]
 
 
-def of_source(name: str) -> bool:
-    """Tell whether a module is applied to source tokens: the encoder's, and k and v of cross-attention."""
-    return name.startswith("encoder.") or name.endswith((".EncDecAttention.k", ".EncDecAttention.v"))
+def side_of(name: str) -> str:
+    """Return which tokens a module is applied to: ``source`` in the encoder and k, v of cross-attention, or target."""
+    crossed = name.endswith((".EncDecAttention.k", ".EncDecAttention.v"))
+    return "source" if crossed or name.startswith("encoder.") else "target"
 
 
 def valid_tokens(name: str, batch) -> torch.Tensor:
     """Return the mask (batch, length) of tokens that count for a module: those it is applied to, without padding."""
-    return batch["attention_mask"].bool() if of_source(name) else batch["labels"] >= 0
+    return batch["attention_mask"].bool() if side_of(name) == "source" else batch["labels"] >= 0
+
+
+def add_products(matrix: torch.Tensor, x: torch.Tensor) -> None:
+    """Add xᵀx, of rows x (tokens, in), to ``matrix`` (in, in); the part left of the diagonal is left to `mirror`."""
+    for i in range(0, x.shape[1], PANEL):
+        matrix[i:i + PANEL, i:] += x[:, i:i + PANEL].T @ x[:, i:]
+
+
+def mirror(matrix: torch.Tensor) -> None:
+    """Make a matrix that `add_products` filled symmetric. Mutates it."""
+    for i in range(PANEL, len(matrix), PANEL):
+        matrix[i:, i - PANEL:i] = matrix[i - PANEL:i, i:].T
 
 
 def input_site(block: str) -> str:
@@ -73,11 +86,10 @@ def gather(network, batches: Batches, sites: list[str], device) -> dict[str, Gra
     places = {}
 
     def add(site, x):
-        x = x.flatten(0, 1).index_select(0, places[of_source(site)]).float()
+        x = x.flatten(0, 1).index_select(0, places[side_of(site)]).float()
         gram = grams.setdefault(site, Gram(torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=device)))
         gram.tokens += x.shape[0]
-        for i in range(0, x.shape[1], PANEL):
-            gram.matrix[i:i + PANEL, i:] += x[:, i:i + PANEL].T @ x[:, i:]
+        add_products(gram.matrix, x)
 
     def watch(site):
         return network.get_submodule(site).register_forward_pre_hook(lambda _, inputs: add(site, inputs[0]))
@@ -85,15 +97,14 @@ def gather(network, batches: Batches, sites: list[str], device) -> dict[str, Gra
     hooks = [watch(site) for site in sites]
     try:
         for batch in batches.fixed(device):
-            places = {of_source(side): valid_tokens(side, batch).flatten().nonzero()[:, 0]
+            places = {side_of(side): valid_tokens(side, batch).flatten().nonzero()[:, 0]
                       for side in ("encoder.", "decoder.")}
             run_stacks(network, batch)
     finally:
         for handle in hooks:
             handle.remove()
     for site, gram in grams.items():
-        for i in range(PANEL, len(gram.matrix), PANEL):
-            gram.matrix[i:, i - PANEL:i] = gram.matrix[i - PANEL:i, i:].T
+        mirror(gram.matrix)
         gram.matrix /= gram.tokens
         if not torch.isfinite(gram.matrix).all():
             raise UserError(f"{site}: its input is not finite for some sentence; the model overflows there")
@@ -161,11 +172,20 @@ class Curve:
         return result
 
 
+def check_budget(need: dict[str, int], budget: int, what: str, more: str = "") -> None:
+    """Raise `UserError` if the largest of the bytes that blocks ``need``, each by itself, is above ``budget``."""
+    block = max(need, key=need.get, default=None)
+    if block and need[block] > budget:
+        raise UserError(f"{block}: its {what} need {math.ceil(need[block] / 2**20)} MiB; give --memory-budget at least "
+                        f"that{more}")
+
+
 def grouped(network, sites: list[str], splits: list[Batches], device, budget: int, curve: Curve | None = None,
             log=lambda text: print(text, file=sys.stderr)) -> Iterator[tuple]:
     """Yield (site, its Gram on each split) in the order of ``sites``, with as few passes as memory allows.
 
-    A site needs a float64 Gram matrix for each split, and the work on it three more of its size.
+    A site needs a float64 Gram matrix for each split, and the work on it three more of its size. The list of Grams is
+    emptied when the next site is asked for.
 
     Args:
         curve: the seconds of the passes over all splits but the first are added to its ``validation``. Mutated.
@@ -176,11 +196,9 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
     def size(site):
         return 8 * network.get_submodule(site).in_features ** 2
 
+    check_budget({site: (len(splits) + 3) * size(site) for site in sites}, budget, "statistics")
     groups: list[list[str]] = [[]] if sites else []
     for site in sites:
-        if (len(splits) + 3) * size(site) > budget:
-            raise UserError(f"{site}: its statistics need {(len(splits) + 3) * size(site) / 2**20:.1f} MiB; give "
-                            "--memory-budget at least that")
         if groups[-1] and len(splits) * sum(map(size, groups[-1])) + (len(splits) + 3) * size(site) > budget:
             groups.append([])
         groups[-1].append(site)
@@ -200,16 +218,20 @@ def grouped(network, sites: list[str], splits: list[Batches], device, budget: in
         log(f"statistics {n + 1}/{len(groups)}: {len(group)} inputs, {grams[0][group[0]].tokens:,} tokens, "
             f"{sum(seconds):.1f} s")
         for site in group:
-            gram = grams[0][site]
-            if gram.tokens < gram.matrix.shape[0]:
-                log(f"{site}: only {gram.tokens} tokens for {gram.matrix.shape[0]} inputs; damping decides the rest, "
-                    "more calibration sentences would be better")
-            yield site, [split.pop(site).matrix for split in grams]
+            tokens, inputs = grams[0][site].tokens, len(grams[0][site].matrix)
+            if tokens < inputs:
+                log(f"{site}: only {tokens} tokens for {inputs} inputs; damping decides the rest, more calibration "
+                    "sentences would be better")
+            matrices = [split.pop(site).matrix for split in grams]
+            yield site, matrices
+            matrices.clear()  # or the next pass would find them beside its own
 
 
 def cached(need: dict[str, int], budget: int, splits: list[Batches], take, what: str, curve: Curve,
            log) -> Iterator[tuple[str, list]]:
     """Yield (block, what ``take(split, blocks)`` holds for it on each split), with as few passes as memory allows.
+
+    The list is emptied when the next block is asked for.
 
     Args:
         need: bytes that each block's part takes, none more than ``budget``.
@@ -232,7 +254,9 @@ def cached(need: dict[str, int], budget: int, splits: list[Batches], take, what:
         curve.validation += sum(seconds[1:])
         log(f"activations {n + 1}/{len(groups)}: {len(group)} {what}, {sum(seconds):.1f} s")
         for block in group:
-            yield block, [held.pop(block) for held in taken]
+            parts = [held.pop(block) for held in taken]
+            yield block, parts
+            parts.clear()  # or the next pass would find them beside its own
 
 
 def tune_exactly(network, bank: Bank, calibration: Batches, valid: Batches, device, *, budget: int, damping: float,
@@ -257,11 +281,11 @@ def tune_exactly(network, bank: Bank, calibration: Batches, valid: Batches, devi
     by_site: dict[str, list[str]] = {}
     for block in blocks:
         by_site.setdefault(input_site(block), []).append(block)
-    for site, (gram, check) in grouped(network, list(by_site), [calibration, valid], device, budget, curve, log):
+    for site, moments in grouped(network, list(by_site), [calibration, valid], device, budget, curve, log):
         for block in by_site[site]:
             variants = [bank.read(key) for key in blocks[block]]
             try:
-                yield from _fit(network, block, variants, gram, check, device, damping, curve)
+                yield from _fit(network, block, variants, *moments, device, damping, curve)
             except ArithmeticError as problem:
                 raise UserError(f"{block}: {problem}; a larger --damping helps with nearly dependent "
                                 "inputs") from None

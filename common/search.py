@@ -117,15 +117,13 @@ class Front:
         return {name: rate for key in reversed(chosen) if key
                 for name, rate in zip(members(key[0]), key[1], strict=True)}
 
-    def at_sparsity(self, sparsity: float, total: int) -> int | None:
-        """Return the place of the best configuration that keeps at most 1 − ``sparsity`` of ``total`` weights."""
-        fitting = np.flatnonzero(self.sizes <= (1 - sparsity) * total)
-        return int(fitting[0]) if len(fitting) else None
+    def at_sparsity(self, sparsity: float, total: int, number: int = 1) -> list[int]:
+        """Return the places of the best configurations that keep at most 1 − ``sparsity`` of ``total`` weights."""
+        return np.flatnonzero(self.sizes <= (1 - sparsity) * total)[:number].tolist()
 
-    def at_loss(self, target: float) -> int | None:
-        """Return the place of the smallest configuration with a predicted loss of at most ``target``."""
-        fitting = np.flatnonzero(self.losses <= target)
-        return int(fitting[-1]) if len(fitting) else None
+    def at_loss(self, target: float, number: int = 1) -> list[int]:
+        """Return the places of the smallest configurations with a predicted loss of at most ``target``."""
+        return np.flatnonzero(self.losses <= target)[::-1][:number].tolist()
 
 
 def kept_weights(network, bank: Bank) -> tuple[dict[Key | str, int], int]:

@@ -6,6 +6,7 @@
 # MODEL     a hub name or a folder with a Hugging Face T5 that translates already
 # DATA_DIR  a folder with train.en, train.de, … (default data/multi30k: downloaded if it is not there)
 # OUT       where models go (default out/experiment); a stopped run goes on where it was
+# Results (JSON, CSV, figures) replace those in docs/results unless --results FOLDER says otherwise.
 set -euo pipefail
 model=${1:-t5-small}
 [ -d "$model" ] && model=$(cd "$model" && pwd)

@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -101,9 +102,41 @@ def test_less_memory_means_more_passes_and_the_same_weights(made, text):
         assert all(torch.equal(a.variant.weights[n], b.variant.weights[n]) for n in a.variant.weights)
 
 
-def test_too_little_memory_and_a_tuned_bank_are_told_before_the_work(made, text):
+def test_of_what_is_cached_no_group_meets_the_next(made, text, monkeypatch):
+    real, refs, met = attention._cache, [], []
+
+    def watched(network, batches, blocks, device):
+        if batches is text[0]:  # a group's first
+            met.append(sum(ref() is not None for ref in refs))
+        taken = real(network, batches, blocks, device)
+        refs.extend(weakref.ref(tensor) for items in taken.values() for item in items for tensor in (item[0], item[4]))
+        return taken
+
+    monkeypatch.setattr(attention, "_cache", watched)
+    tune(made, text, steps=1, budget=10 << 20)
+    assert len(met) > 1 and not any(met)
+
+
+def test_too_little_memory_is_told_before_the_work(made, text):
+    network, opened = models.load(made / "origin.pth").network, bank.load(made / "pruned.npy")
+    reports = attention.tune(network, opened, map(pytest.fail, ["the work began"]), *text, "cpu", steps=1, budget=1000,
+                             damping=1e-4, curve=reconstruction.Curve())
     with pytest.raises(UserError, match="give --memory-budget at least that"):
-        tune(made, text, budget=1000)
+        next(reports)
+
+
+def test_white_inputs_have_unit_covariance_over_valid_tokens_alone(made, text):
+    network = models.load(made / "origin.pth").network.eval()
+    network.set_attn_implementation("eager")
+    block = "decoder.block.0.layer.1.EncDecAttention"
+    items = attention._cache(network, text[1], [block], "cpu")[block]
+    seen = torch.cat([attention._visible(item[2]).flatten() for item in items])
+    valid = torch.cat([batch["attention_mask"].bool().flatten() for batch in text[1].fixed()])
+    assert torch.equal(seen, valid) and not valid.all()
+    x = torch.cat([item[1].flatten(0, 1) for item in items])[seen]
+    white = x @ attention._whitener([x])
+    values = torch.linalg.eigvalsh(white.T @ white / len(x))
+    assert float(values.max() / values[values > values.max() / 2].min()) < 1.05
 
 
 def test_updates_are_nearly_orthogonal():

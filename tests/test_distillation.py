@@ -4,6 +4,7 @@ import torch
 from common import bank, composition, models, training
 from common.configs import read_configurations
 from common.distillation import BlockReconstruction, JointTranslation
+from common.files import UserError
 
 
 def origin_network(made):
@@ -39,6 +40,34 @@ def test_every_variant_is_drawn(made):
     assert {i for _ in range(40) for i in joint.draw()} == set(range(28))
 
 
+def test_a_configuration_that_prunes_nothing_is_not_drawn(made):
+    chosen = read_configurations(made / "conf.json")[1]
+    network, opened = origin_network(made), bank.load(made / "tuned.npy")
+    dense = dict.fromkeys(chosen, 0.0)
+    joint = JointTranslation(network, opened, "cpu", [dense, chosen, {}])
+    assert joint.choices == [joint.draw()] and joint.fixed == joint.choices
+    with pytest.raises(UserError, match="none of the configurations prunes anything"):
+        JointTranslation(network, opened, "cpu", [dense, {}])
+
+
+def test_what_a_seed_draws_does_not_depend_on_the_order_of_the_bank(made):
+    network, opened, drawn = origin_network(made), bank.load(made / "tuned.npy"), []
+    for _ in range(2):
+        joint = JointTranslation(network, opened, "cpu", seed=3)
+        torch.manual_seed(0)
+        drawn.append([{joint.variants[i].key for i in chosen} for chosen in (*joint.fixed, joint.draw())])
+        opened.entries = dict(reversed(opened.entries.items()))
+    assert drawn[0] == drawn[1]
+
+
+def test_validation_is_spread_over_the_configurations_given(made):
+    configurations = [{"encoder.block.0.layer.1.DenseReluDense.wi": 0.5}, {"encoder.block.0.layer.1.DenseReluDense.wi":
+                                                                          0.8}]
+    joint = JointTranslation(origin_network(made), bank.load(made / "tuned.npy"), "cpu",
+                             [configurations[0]] * 4 + [configurations[1]] * 4)
+    assert [joint.variants[chosen[0]].rates for chosen in joint.fixed] == [(0.5,), (0.5,), (0.8,), (0.8,)]
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_joint_tuning_lowers_the_loss_of_every_configuration(made, text, tmp_path, stage, given):
     extra = ["-c", made / "conf.json"] if given else []
@@ -57,10 +86,19 @@ def test_joint_tuning_lowers_the_loss_of_every_configuration(made, text, tmp_pat
         assert losses[1] < losses[0] - 0.05
 
 
-def test_configurations_belong_to_joint_tuning_alone(made, tmp_path, stage):
+@pytest.mark.parametrize(("flags", "message"), [
+    (["-c", "conf.json"], "-c says what --solver joint draws"),
+    (["--resume"], "the exact solver keeps no checkpoint"),
+    (["--attention-error", 0.1], "give their number"),
+    (["--solver", "adamw", "--attention-steps", 5], "belong to --solver exact, not adamw"),
+    (["--solver", "joint", "--hidden-sentences", 5], "belong to --solver exact, not joint"),
+])
+def test_flags_that_the_solver_would_ignore_are_refused(made, tmp_path, stage, flags, message):
+    (tmp_path / "s.csv").write_text("kept")
+    flags = [made / f if f == "conf.json" else f for f in flags]
     result = stage("block-level_finetuning", "-m", made / "origin.pth", "-p", made / "tuned.npy", "-o",
-                   tmp_path / "j.npy", "-c", made / "conf.json")
-    assert result.code == 2 and "-c says what --solver joint draws" in result.err
+                   tmp_path / "j.npy", "--stats", tmp_path / "s.csv", *flags)
+    assert result.code == 2 and message in result.err and (tmp_path / "s.csv").read_text() == "kept"
 
 
 def test_block_errors_are_those_of_single_sentences(made, text):

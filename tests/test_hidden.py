@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,6 @@ from hypothesis import strategies as st
 
 from common import bank, composition, data, hidden, models, reconstruction
 from common.configs import read_configurations
-from common.files import UserError
 from common.recalibration import recalibrate
 from common.solver import solve_rows
 from tests.conftest import save_folder
@@ -120,7 +121,8 @@ def test_a_unit_that_never_passes_anything_on_is_fitted_to_all_tokens(made):
 
 def test_less_memory_means_more_passes_and_the_same_weights(made, text):
     _, one, _, few = tune(made, text)
-    tokens = sum(len(e.source) + len(e.target) for split in text for e in split.dataset.examples)
+    tokens = max(sum(len(getattr(e, side)) for split in text for e in split.dataset.examples)
+                 for side in ("source", "target"))
     width = one[0].variant.weights[f"{one[0].variant.block}.weight"].shape[1]
     _, many, _, passes = tune(made, text, budget=2 * max(
         4 * tokens * width, 16 * width ** 2 + 32 * tokens + 64 * width * 2) + 1)
@@ -129,8 +131,15 @@ def test_less_memory_means_more_passes_and_the_same_weights(made, text):
         name = f"{a.variant.block}.weight"
         assert a.variant.key == b.variant.key
         assert torch.allclose(a.variant.weights[name], b.variant.weights[name], atol=1e-3)
-    with pytest.raises(UserError, match="give --memory-budget at least that, or fewer --hidden-sentences"):
-        tune(made, text, budget=1000)
+
+
+def test_too_little_memory_is_told_before_any_work(work, stage):
+    flags = ("-m", work / "origin.pth", "-p", work / "pruned.npy", "-o", work / "small.npy", "--data-dir",
+             work / "text", "--stats", work / "small.csv", "--hidden-sentences", 100, "--memory-budget")
+    result = stage("block-level_finetuning", *flags, "0.2M")
+    assert result.code == 2 and "DenseReluDense.wi: its hidden units need " in result.err and "1/28" not in result.err
+    enough = re.search(r"need (\d+) MiB; give --memory-budget at least that, or fewer --hidden-sent", result.err)[1]
+    assert stage("block-level_finetuning", *flags, f"{enough}M").code == 0
 
 
 def test_the_stage_writes_a_bank_whose_wi_the_sweep_aims_at(work, stage):

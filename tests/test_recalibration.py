@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common import bank, composition, models, recalibration, training
 from common.configs import read_configurations
@@ -27,6 +29,12 @@ def states_error(made, model, batches):
             difference = (run_stacks(original, batch) - run_stacks(model.network, batch))[valid]
             total, count = total + float(difference.square().sum()), count + int(valid.sum())
     return total / count
+
+
+def test_a_metric_without_recalibration_is_refused(made, tmp_path, stage):
+    result = stage("compose_model", "-m", made / "origin.pth", "-p", made / "tuned.npy", "-c", made / "conf.json", "-o",
+                   tmp_path / "m.pth", "--metric", "loss")
+    assert result.code == 2 and "--metric loss says how --recalibrate weighs errors" in result.err
 
 
 @pytest.mark.parametrize("kind", ["t5", "mt5"])
@@ -80,25 +88,29 @@ def test_the_first_layers_fit_equals_plain_least_squares(made, text):
         assert residuals[0] == pytest.approx(residuals[1], rel=1e-3)
 
 
-def least_squares(rows=3, inputs=5):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(40, inputs, generator=g, dtype=torch.float64)
-    y, prior = torch.randn(40, rows, generator=g, dtype=torch.float64), torch.randn(rows, inputs, generator=g).double()
-    mask = torch.rand(rows, inputs, generator=g) > 0.4
+def least_squares(rows=3, inputs=5, tokens=40, keep=0.6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, inputs, generator=g, dtype=torch.float64)
+    y, prior = torch.randn(tokens, rows, generator=g).double(), torch.randn(rows, inputs, generator=g).double()
+    mask = torch.rand(rows, inputs, generator=g) < keep
     root = torch.randn(rows, rows, generator=g, dtype=torch.float64)
-    return x.T @ x / 40, y.T @ x / 40, prior, mask, root @ root.T + torch.eye(rows)
+    return x.T @ x / tokens, y.T @ x / tokens, prior, mask, root @ root.T + torch.eye(rows)
 
 
-def test_the_weighted_fit_equals_brute_force():
-    gram, cross, prior, mask, metric = least_squares()
-    mine = solve_weighted(gram, cross, prior, mask, metric, damping=0.1, tolerance=1e-9).weight
-    ridge = 0.1 * gram.diagonal().mean()
-    system = torch.kron(metric, gram + ridge * torch.eye(5))  # of the weights row by row
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 5), inputs=st.integers(1, 8), rank=st.integers(1, 12), keep=st.floats(0, 1),
+       damping=st.sampled_from([1e-4, 1e-2, 1.0]), seed=st.integers(0, 1000))
+def test_the_weighted_fit_equals_brute_force(rows, inputs, rank, keep, damping, seed):
+    gram, cross, prior, mask, metric = least_squares(rows, inputs, rank, keep, seed)
+    mine = solve_weighted(gram, cross, prior, mask, metric, damping, tolerance=1e-10).weight
+    ridge = damping * gram.diagonal().mean()
+    system = torch.kron(metric, gram + ridge * torch.eye(inputs))  # of the weights row by row
     right = (metric @ (cross + ridge * prior)).flatten()
     kept = mask.flatten()
-    expected = torch.zeros(15, dtype=torch.float64)
+    expected = torch.zeros(rows * inputs, dtype=torch.float64)
     expected[kept] = torch.linalg.solve(system[kept][:, kept], right[kept])
-    assert torch.allclose(mine.flatten(), expected, atol=1e-6)
+    assert not mine[~mask].any()
+    assert torch.allclose(mine.flatten(), expected, atol=1e-7 / damping + 1e-6)
 
 
 def test_with_an_equal_metric_the_weighted_fit_is_the_plain_one():

@@ -45,9 +45,14 @@ def test_a_place_on_the_front_gives_its_configuration():
 def test_the_best_for_a_sparsity_and_the_smallest_for_a_loss():
     found, sizes, every = example()
     front, total = search.front(found, sizes), sum(sizes[b] for b in BLOCKS)
-    assert front.losses[front.at_sparsity(0.4, total)] == pytest.approx(min(x for s, x, _ in every if s <= 0.6 * total))
-    assert front.sizes[front.at_loss(2.3)] == min(s for s, x, _ in every if x <= 2.3)
-    assert front.at_sparsity(0.999, total) is None and front.at_loss(-9.0) is None
+    best = min(x for s, x, _ in every if s <= 0.6 * total)
+    assert front.losses[front.at_sparsity(0.4, total)[0]] == pytest.approx(best)
+    assert front.sizes[front.at_loss(2.3)[0]] == min(s for s, x, _ in every if x <= 2.3)
+    assert front.at_sparsity(0.999, total) == front.at_loss(-9.0) == []
+    smallest = front.at_loss(2.3, 3)
+    assert len(smallest) == 3 and (np.diff(front.sizes[smallest]) > 0).all() and (front.losses[smallest] <= 2.3).all()
+    best = front.at_sparsity(0.4, total, 3)
+    assert len(best) == 3 and (np.diff(front.losses[best]) > 0).all() and (front.sizes[best] <= 0.6 * total).all()
 
 
 def test_kept_weights_by_hand(made):
@@ -80,8 +85,8 @@ def searching(made, tmp_path, stage, *more):
 def test_the_stage_searches_verifies_and_measures_only_once(made, tmp_path, stage):
     first = searching(made, tmp_path, stage, "--sparsity", 0.3, 0.5, "--verify")
     assert first.code == 0 and "28/28 variants evaluated" in first.err and first.out.count(", recalibrated ") == 2
-    again = searching(made, tmp_path, stage, "--target-loss", 100, "--overwrite")
-    assert again.code == 0 and "evaluated" not in again.err
+    again = searching(made, tmp_path, stage, "--target-loss", 100, "-n", 3, "--overwrite")
+    assert again.code == 0 and "evaluated" not in again.err and "best.json: 3 configurations" in again.out
     assert stage("compose_model", "-m", made / "origin.pth", "-p", made / "tuned.npy", "-c", tmp_path / "best.json",
                  "-o", tmp_path / "m.pth").code == 0
 
@@ -89,7 +94,7 @@ def test_the_stage_searches_verifies_and_measures_only_once(made, tmp_path, stag
 @pytest.mark.parametrize(("more", "message"), [
     (("--sparsity", 0.99), "no combination of its variants has sparsity 0.99; they reach from sparsity 0."),
     (("--target-loss", 0.01), "no combination of its variants has loss 0.01"),
-    (("--sparsity", 0.5, "-n", 2), "name rates; a search finds them"),
+    (("--sparsity", 0.5, "--mixed", 2), "name rates; a search finds them"),
     ((), "a search needs a bank"),
 ])
 def test_a_search_that_cannot_be_is_refused(made, tmp_path, stage, more, message):

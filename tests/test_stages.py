@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import torture
-from common import bank, models
+from common import bank, metrics, models
 from tests.conftest import REAL_DATA, REAL_TEACHER, ROOT, load_stage, save_folder, write_corpus
 
 STAGES = ("download_model", "config_generator", "prune_scheme_generator", "prune", "compose_model",
@@ -171,7 +171,7 @@ def test_evaluate_reports_what_sacrebleu_says(made, tmp_path, stage):
     import sacrebleu
 
     result = stage("evaluate", "-m", made / "origin.pth", made / "pruned.pth", "--data-dir", made / "text", "--json",
-                   tmp_path / "s.json", "--lowercase")
+                   tmp_path / "s.json", "--lowercase", "--examples", 30)
     assert result.code == 0, result.err
     report = json.loads((tmp_path / "s.json").read_text())
     model = models.load(made / "origin.pth")
@@ -186,11 +186,22 @@ def test_evaluate_reports_what_sacrebleu_says(made, tmp_path, stage):
         hypotheses.append(tokenizer.decode(out).strip())
     references = (made / "text" / "test_2016_flickr.de").read_text().splitlines()
     mine = [r["translation"] for r in report[0]["examples"]]
-    assert all(a.startswith(b[:20]) for a, b in zip(mine, hypotheses, strict=False))
+    assert all(a.startswith(b[:20]) for a, b in zip(mine, hypotheses, strict=True))
     assert "case:lc" in report[0]["bleu_signature"] and "case:lc" in result.out
     assert report[0]["bytes"] == (made / "origin.pth").stat().st_size and report[0]["zeros"] == 0
     assert report[1]["zeros"] > 0 and len(references) == 30
-    assert sacrebleu.corpus_bleu(references, [references]).score == pytest.approx(100)
+    assert report[0]["bleu"] == sacrebleu.corpus_bleu(mine, [references], lowercase=True).score
+    assert report[0]["chrf"] == sacrebleu.metrics.CHRF(lowercase=True).corpus_score(mine, [references]).score
+
+
+def test_scores_by_hand():
+    """Four of four words, in the right order, and one word wrong."""
+    same = metrics.score(["ein Hund läuft schnell"], ["ein Hund läuft schnell"], 0.0)
+    assert same.bleu == pytest.approx(100) and same.chrf == pytest.approx(100)
+    one = metrics.score(["ein Hund läuft schnell ."], ["ein Hund rennt schnell ."], 0.0)
+    # n-gram precisions 4/5, 2/4, 1/6 and 1/8 (the last two, 0 of 3 and of 2, are smoothed as sacreBLEU does).
+    assert one.bleu == pytest.approx(100 * (4 / 5 * 2 / 4 / 6 / 8) ** 0.25)
+    assert 50 < one.chrf < 100 and "nc:6|nw:0" in one.chrf_signature
 
 
 def test_ancestry_tells_every_stage(made, stage):
