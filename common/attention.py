@@ -133,7 +133,7 @@ class _Heads:
     def descend(self, items: list[tuple], steps: int) -> None:
         """Take steps on all weights. Mutates them."""
         own = _whitener([states[valid] for states, *_, valid, _ in items])
-        source = own if items[0][1] is items[0][0] else _whitener([item[1][_visible(item[2])] for item in items])
+        source = own if items[0][1] is items[0][0] else _whitener([item[1][_visible(*item[1:3])] for item in items])
         whiteners = {"q": own, "k": source, "v": source}
         scale = float(sum(item[4].square().sum() for item in items) / sum(item[3].sum() for item in items))
         sizes = {part: (w.detach() @ torch.linalg.inv(whiteners[part]) if part != "o" else w.detach()[self.keep])
@@ -170,9 +170,9 @@ class _Heads:
             yield Variant(variant.block, variant.rates, weights, variant.masks)
 
 
-def _visible(biases: torch.Tensor) -> torch.Tensor:
-    """Return which source tokens (batch, length) a cross-attention sees, where the mask is in its biases."""
-    return biases.amax(dim=(1, 2)) > torch.finfo(biases.dtype).min / 2
+def _visible(states: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
+    """Return which source tokens (batch, length) a cross-attention sees; a mask is in its biases."""
+    return (biases.amax(dim=(1, 2)) > torch.finfo(biases.dtype).min / 2).expand(states.shape[:2])
 
 
 def _whitener(states: list[torch.Tensor]) -> torch.Tensor:

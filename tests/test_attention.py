@@ -125,14 +125,16 @@ def test_too_little_memory_is_told_before_the_work(made, text):
         next(reports)
 
 
-def test_white_inputs_have_unit_covariance_over_valid_tokens_alone(made, text):
+def test_white_inputs_have_unit_covariance_over_valid_tokens_alone(made, text, monkeypatch):
     network = models.load(made / "origin.pth").network.eval()
     network.set_attn_implementation("eager")
     block = "decoder.block.0.layer.1.EncDecAttention"
+    batches = [text[1].dataset.examples[:9], text[1].dataset.examples[9:10] * 2]  # the second needs no mask
+    monkeypatch.setattr(text[1], "epoch", lambda _: batches)
     items = attention._cache(network, text[1], [block], "cpu")[block]
-    seen = torch.cat([attention._visible(item[2]).flatten() for item in items])
+    seen = torch.cat([attention._visible(*item[1:3]).flatten() for item in items])
     valid = torch.cat([batch["attention_mask"].bool().flatten() for batch in text[1].fixed()])
-    assert torch.equal(seen, valid) and not valid.all()
+    assert torch.equal(seen, valid) and not valid.all() and len(items[1][2]) == 1
     x = torch.cat([item[1].flatten(0, 1) for item in items])[seen]
     white = x @ attention._whitener([x])
     values = torch.linalg.eigvalsh(white.T @ white / len(x))
