@@ -36,6 +36,8 @@ def main(argv=None) -> int:
         model, origin = composition.from_files(args.model, args.bank, args.configurations, args.number)
         if args.recalibrate:
             recalibration.from_args(args, model, runtime.setup(args.device, args.seed, args.threads), origin)
+        if args.source_prefix is not None:
+            model.prefix = args.source_prefix
         model.provenance = provenance("compose_model.py", args, origin)
         models.save(args.output, model)
     print(f"{args.output}: configuration {args.number}; {models.mask_report(model)}")

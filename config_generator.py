@@ -98,15 +98,15 @@ def searched(args, model) -> list[dict]:
     pairs = data.sample(data.read_pairs(data.DataOptions.from_args(args), "val"), args.validation_sentences, args.seed)
     valid = data.Batches(pairs, model, args.batch_tokens, args.seed, args.source_prefix)
     models.place(model.network, device)
-    path = args.sensitivity or args.bank.with_suffix(".sensitivity.json")
+    path = args.sensitivity
     origin = {"model": model.identity, "bank": opened.sha256, "validation text": valid.sha256}
-    with files.locked(path):
-        if path.exists():
-            found = search.read(path, opened, origin)
-        else:
+    if path.exists():
+        found = search.read(path, opened, origin)
+    else:
+        with files.locked(path):
             found = search.measure(model, opened, valid, device)
             search.write(path, found, origin)
-            print(f"{path}: losses of {len(found.losses)} variants, one by one")
+        print(f"{path}: losses of {len(found.losses)} variants, one by one")
     sizes, total = search.kept_weights(model.network, opened)
     front = search.front(found, sizes)
     number = args.number or 1
@@ -143,8 +143,14 @@ def main(argv=None) -> int:
         raise cli.UserError("a search needs a bank (-p) and --sparsity or --target-loss")
     if search and (args.attention or args.linear or args.mixed):
         raise cli.UserError("--attention, --linear and --mixed name rates; a search finds them")
+    if not search and (args.verify or args.sensitivity):
+        raise cli.UserError("--verify and --sensitivity belong to a search; name a bank (-p) and a target")
     cli.check_inputs(args.model, *([args.bank] if search else []))
     cli.check_outputs(args.overwrite, args.output)
+    if search:
+        args.sensitivity = args.sensitivity or args.bank.with_suffix(".sensitivity.json")
+        if not args.sensitivity.exists():
+            cli.check_outputs(False, args.output, args.sensitivity)
     from common import files, models
 
     model = models.load(args.model)

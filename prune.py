@@ -40,9 +40,9 @@ def variants(args, model, scheme):
     """Return an iterator over the scheme's variants by the chosen criterion."""
     from common import composition, data, models, runtime
 
+    device = runtime.setup(args.device, args.seed, args.threads)
     if args.criterion == "l1":
         return composition.prune_scheme(model.network, scheme)
-    device = runtime.setup(args.device, args.seed, args.threads)
     calibration = data.load_train(args, model, args.calibration_sentences)
     return composition.prune_scheme_by_activations(
         models.place(model.network, device), scheme, args.criterion, calibration, device, args.memory_budget)

@@ -5,7 +5,7 @@ Drives the stages as a user would. Baseline arm: masked model -> baseline_finetu
 once -> model-level_finetuning.py --recalibrate. Same masks, optimizer, data order, validation text and interval; the
 learning rate is chosen for each arm out of one grid on a configuration that is not among the N. Every run ends when
 the validation loss is within --target of the dense model's, or after one epoch; those of the first seed are also
-trained for the whole epoch. Resumable: what is there is not made again. Writes
+trained and scored for the whole epoch. Resumable: what is there is not made again. Writes
 experiment.json (every run's loss curve), experiment.csv (a row for each configuration and arm) and the figures into
 --results.
 
@@ -47,7 +47,8 @@ class Experiment:
         log = output.with_suffix(output.suffix + ".log")
         if not output.exists() or not log.exists():
             output.unlink(missing_ok=True)
-            command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments), *["--resume"] * resume]
+            command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments)]
+            command += ["--resume", "--overwrite"] * resume
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
@@ -147,8 +148,15 @@ def run(args) -> dict:
             done = next(r for r in result["seeds"][0]["runs"] if (r["arm"], r["configuration"]) == job)
             return done if min(done["loss"]) > limit else e.train(e.out / "seed0", arm, n, lrs[arm], None, "_long")
 
-        result["curves"] = list(pool.map(whole, [(arm, n) for n in range(args.configurations)
-                                                 for arm in ARMS])) if args.seeds else []
+        curves = list(pool.map(whole, [(arm, n) for n in range(args.configurations) for arm in ARMS]))
+        models = {arm: [e.out / "seed0" / f"{arm}_{r['configuration']}_long.pth" for r in curves
+                        if r["arm"] == arm and "bleu" not in r] for arm in ARMS}
+        for arm, scores in zip(ARMS, pool.map(lambda arm: e.evaluate(
+                e.out / "seed0" / f"scores_{arm}_long.json", models[arm]) if models[arm] else {}, ARMS), strict=True):
+            for r in curves:
+                if r["arm"] == arm:
+                    r |= scores.get(f"{arm}_{r['configuration']}_long", {})
+        result["curves"] = curves
     return result
 
 
@@ -159,8 +167,8 @@ def main(argv=None) -> int:
     p.add_argument("--out", type=Path, default=Path("out/experiment"), metavar="DIR", help="where models go")
     p.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR", help="where results go")
     p.add_argument("--configurations", type=int, default=16, metavar="N", help="half uniform, half mixed (default: 16)")
-    p.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions: calibration text, mixtures, data "
-                   "order (default: 3)")
+    p.add_argument("--seeds", type=int, default=3, metavar="N", help="repetitions, at least 1: calibration text, "
+                   "mixtures, data order (default: 3)")
     p.add_argument("--criterion", default="obs", help="masks of both arms (default: obs)")
     p.add_argument("--target", type=float, default=0.10, metavar="X", help="validation loss above the dense model's at "
                    "which a run ends, as a fraction (default: 0.1)")

@@ -28,9 +28,9 @@ def by_arm(seed: dict) -> dict[str, list[dict]]:
             for arm in ARMS}
 
 
-def pairs(result: dict) -> list[tuple[dict, dict]]:
-    """Return the runs over the whole epoch, (baseline, composed) for each configuration."""
-    return list(zip(*by_arm({"runs": result["curves"]}).values(), strict=True))
+def pairs(runs: list[dict]) -> list[tuple[dict, dict]]:
+    """Return (baseline, composed) for each configuration."""
+    return list(zip(*by_arm({"runs": runs}).values(), strict=True))
 
 
 def total(seed: dict, limit: float) -> dict:
@@ -58,21 +58,21 @@ def table(result: dict, path: Path) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["seed", "configuration", "mean_head_rate", "mean_linear_rate", "sparsity", "arm", "start_loss",
-                         "best_loss", "bleu", "chrf", "setup_seconds", "train_seconds", "steps",
+                         "best_loss", "end_loss", "loss_after_equal_time", "bleu", "chrf", "setup_seconds",
+                         "train_seconds", "steps",
                          *(f"{what}_to_{name}" for name in limits for what in ("steps", "seconds"))])
-        first = result["seeds"][0]
-        for seed, rates, runs in [(s["seed"], s["rates"], s["runs"]) for s in result["seeds"]] + [
-                ("long", first["rates"], result["curves"])]:
-            for r in sorted(runs, key=lambda r: (r["configuration"], r["arm"])):
-                same = r if "zeros" in r else next(x for x in first["runs"] if x["configuration"] == r["configuration"])
+        sets = [(s["seed"], s["runs"]) for s in result["seeds"]] + [("long", result["curves"])]
+        rates = {s["seed"]: s["rates"] for s in result["seeds"]} | {"long": result["seeds"][0]["rates"]}
+        for seed, b, c in [(seed, *pair) for seed, runs in sets for pair in pairs(runs)]:
+            for r, after in zip((b, c), equal_time(b, c), strict=True):
                 times = []
                 for limit in limits.values():
                     missing = "not trained so far" if min(r["loss"]) <= ends and seed != "long" else "not reached"
                     times += reached(r, limit) or [missing] * 2
-                scores = [round(r[k], 2) for k in ("bleu", "chrf")] if "bleu" in r else [None] * 2
-                writer.writerow([seed, r["configuration"], *rates[r["configuration"]],
-                                 round(same["zeros"] / same["parameters"], 4), r["arm"], round(r["loss"][0], 4),
-                                 round(min(r["loss"]), 4), *scores, r["setup_seconds"], r["seconds"][-1],
+                losses = [r["loss"][0], min(r["loss"]), r["loss"][-1], after]
+                writer.writerow([seed, r["configuration"], *rates[seed][r["configuration"]],
+                                 round(r["zeros"] / r["parameters"], 4), r["arm"], *(round(x, 4) for x in losses),
+                                 round(r["bleu"], 2), round(r["chrf"], 2), r["setup_seconds"], r["seconds"][-1],
                                  r["steps"][-1], *times])
 
 
@@ -100,21 +100,22 @@ def report(result: dict, folder: Path) -> None:
     first = result["seeds"][0]
     print("\n| configuration | heads, linear | zeros | start: masked, composed | seconds: baseline, composed | "
           "steps | BLEU then |\n|---|---|---|---|---|---|---|")
-    for b, c in zip(*by_arm(first).values(), strict=True):
+    for b, c in pairs(first["runs"]):
         found = [reached(r, dense * (1 + target)) for r in (b, c)]
         steps, seconds = (", ".join(format(x[i], f".{i}f") if x else "–" for x in found) for i in (0, 1))
         heads, linear = first["rates"][b["configuration"]]
         print(f"| {b['configuration']} | {heads:.2f}, {linear:.2f} | {b['zeros'] / b['parameters']:.1%} | "
               f"{b['loss'][0]:.3f}, {c['loss'][0]:.3f} | {seconds} | {steps} | {b['bleu']:.1f}, {c['bleu']:.1f} |")
     print("\nTrained for the whole epoch, seed 0; seconds (baseline, composed):\n\n| configuration | "
-          + " | ".join(f"to {t:.0%}" for t in result["targets"]) + " | loss after equal time | best loss |\n|---"
-          + "|---" * (len(result["targets"]) + 2) + "|")
-    for b, c in pairs(result):
+          + " | ".join(f"to {t:.0%}" for t in result["targets"])
+          + " | loss after equal time | best loss | BLEU of the best |\n"
+          + "|---" * (len(result["targets"]) + 4) + "|")
+    for b, c in pairs(result["curves"]):
         times = [", ".join(f"{x[1]:.1f}" if (x := reached(r, dense * (1 + t))) else "–" for r in (b, c))
                  for t in result["targets"]]
         after = equal_time(b, c)
         print(f"| {b['configuration']} | {' | '.join(times)} | {after[0]:.3f}, {after[1]:.3f} | {min(b['loss']):.3f}, "
-              f"{min(c['loss']):.3f} |")
+              f"{min(c['loss']):.3f} | {b['bleu']:.1f}, {c['bleu']:.1f} |")
     print("\nTogether, those that the composed arm got there; in brackets for all:\n\n| target | reached: baseline, "
           "composed | baseline s | composed s, block level included | speed-up |\n|---|---|---|---|---|")
     for t in result["targets"]:
@@ -140,7 +141,7 @@ def draw(result: dict, folder: Path) -> None:
     dense, first = result["dense"], result["seeds"][0]
     runs, limit = by_arm(first), dense["validation_loss"] * (1 + result["settings"]["target"])
     uniform = (result["settings"]["configurations"] + 1) // 2
-    drawn = [pairs(result)[n] for n in sorted({0, uniform // 2, uniform - 1})]
+    drawn = [pairs(result["curves"])[n] for n in sorted({0, uniform // 2, uniform - 1})]
     figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 3.8), layout="constrained", squeeze=False)
     axes = axes[0]
     for axis, pair, name in zip(axes, drawn, ("mild", "middle", "harsh"), strict=False):

@@ -38,7 +38,7 @@ def run(main) -> int:
         if not ending:
             ending = True
             word = "interrupted" if signum == signal.SIGINT else "terminated"
-            raise Interrupted(f"{word}; the outputs that existed before are unchanged", signum)
+            raise Interrupted(f"{word}; no file is left half written", signum)
 
     before = {}
     try:
@@ -49,7 +49,11 @@ def run(main) -> int:
         for argument in sys.argv[1:]:
             if not _utf8(argument):
                 raise UserError(f"{ascii(argument)}: an argument that is not valid UTF-8")
-        return main()
+        code = main()
+        with contextlib.suppress(BrokenPipeError):
+            if sys.stdout:
+                sys.stdout.flush()  # a full disk behind `> file` is found here
+        return code
     except UserError as error:
         return fail(f"error: {error}", 2)
     except Interrupted as error:
@@ -82,11 +86,11 @@ def _utf8(text: str) -> bool:
 
 
 def _drop_unread() -> None:
-    """Let text whose reader has left go nowhere, or Python's own flush at the end would change the exit code."""
-    for stream in (sys.stdout, sys.stderr):
+    """Let text that nobody reads or that finds no space go nowhere, or Python's flush would change the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -141,7 +145,7 @@ def count(text: str) -> int:
 
 def index(text: str) -> int:
     """Parse a whole number of at least 0."""
-    return _number(text, "a whole number of at least 0", int, lambda x: x >= 0)
+    return _number(text, "a whole number of at least 0", int, lambda x: 0 <= x < 2**63)
 
 
 def memory(text: str) -> int:
@@ -294,9 +298,12 @@ def check_training(args, *more: Path) -> None:
     """Check a fine-tuning stage's outputs; an interrupted run's tables may be there for --resume."""
     check_outputs(args.overwrite, args.output)
     check_outputs(True, args.output, args.stats, *more)
-    check_outputs(args.overwrite or args.resume, args.stats, *more)
     folder = checkpoint_folder(args)
-    if (folder / CHECKPOINT).exists() and not (args.resume or args.overwrite):
+    started = (folder / CHECKPOINT).exists()
+    check_outputs(args.overwrite or (args.resume and started), args.stats, *more)
+    if not folder.resolve().name or folder.resolve() in [p.resolve() for p in (args.output, args.stats, *more)]:
+        raise UserError(f"--checkpoint-dir {folder}: must be a folder of its own")
+    if started and not (args.resume or args.overwrite):
         raise UserError(f"{folder}: holds the checkpoint of an interrupted run; add --resume to go on with it, or "
                         "--overwrite to start anew")
 

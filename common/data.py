@@ -61,14 +61,17 @@ def _decode(raw: bytes, path: Path) -> list[str]:
 def _unpack(stream, path: Path, packed: int | None = None) -> bytes:
     """Return all that ``stream`` holds, which was unpacked from ``packed`` bytes."""
     limit = MAX_TEXT_BYTES if packed is None else min(MAX_TEXT_BYTES, max(MAX_UNPACKED, MAX_RATIO * packed))
+    chunks, size = [], 0
     try:
-        data = stream.read(limit + 1)
+        while size <= limit and (chunk := stream.read(min(limit + 1 - size, 1 << 24))):  # which is allocated at once
+            chunks.append(chunk)
+            size += len(chunk)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: is not a complete gzip file: {error}") from None
-    if len(data) > limit:
+    if size > limit:
         raise UserError(f"{path}: more than {limit >> 20:,} MiB of text" + (
             "" if packed is None else f" out of {packed:,} packed bytes") + " is not read")
-    return data
+    return b"".join(chunks)
 
 
 def _download(folder: Path, split: str, language: str) -> Path:

@@ -72,7 +72,7 @@ def load_folder(folder: Path, source: str, target: str) -> Model:
     unfinished = [n for n, p in network.named_parameters() if not torch.isfinite(p).all()]
     if unfinished:
         raise UserError(f"{folder}: weights that are not finite: {', '.join(unfinished[:3])}")
-    if network.config.decoder_start_token_id is None:
+    if getattr(network.config, "decoder_start_token_id", None) is None:
         network.config.decoder_start_token_id = network.config.pad_token_id
     task = (config.get("task_specific_params") or {}).get(f"translation_{source}_to_{target}") or {}
     return Model(network.eval(), tokenizer, str(task.get("prefix") or ""))

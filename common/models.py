@@ -64,7 +64,7 @@ class Model:
 
     @property
     def tokenizer(self):
-        """The `tokenizers.Tokenizer`, which appends the end-of-sentence token itself.
+        """The `tokenizers.Tokenizer`; `common.data` appends the end-of-sentence token where it does not.
 
         Raises:
             UserError: the text describes no tokenizer.

@@ -5,6 +5,15 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
+GENERATIONS = 25  # of ancestors that are told; more would make JSON that is nested deeper than we read
+
+
+def _recent(origin: dict, generations: int) -> dict:
+    """Return a provenance whose ancestors end after so many generations, with file and SHA-256."""
+    inputs = {role: entry | {"provenance": _recent(entry["provenance"], generations - 1) if generations else {}}
+              for role, entry in origin.get("inputs", {}).items()}
+    return origin | ({"inputs": inputs} if inputs else {})
+
 
 def provenance(stage: str, args, inputs: dict[str, tuple[Path, str, dict]]) -> dict:
     """Return an artifact's provenance: stage, arguments, library versions, inputs with their own provenance.
@@ -22,7 +31,7 @@ def provenance(stage: str, args, inputs: dict[str, tuple[Path, str, dict]]) -> d
     names = ("torch", "transformers", "tokenizers", "torchtext", "numpy")
     return {"stage": stage, "arguments": {k: plain(v) for k, v in sorted(vars(args).items())},
             "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
-            "inputs": {role: {"file": path.name, "sha256": sha, "provenance": origin}
+            "inputs": {role: {"file": path.name, "sha256": sha, "provenance": _recent(origin, GENERATIONS)}
                        for role, (path, sha, origin) in inputs.items()}}
 
 

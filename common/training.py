@@ -119,7 +119,7 @@ def _optimizer(objective: nn.Module, options: FitOptions) -> torch.optim.Optimiz
 
 def say(text: str) -> None:
     """Print progress to stderr. If its reader has left (Ctrl-C ends ``… 2>&1 | tee`` first), go on without."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # the latter in a signal that met us within a write
         print(text, file=sys.stderr)
 
 
@@ -150,7 +150,8 @@ class _Signals:
 
     def __enter__(self):
         self.caught = None
-        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)
+                     if signal.getsignal(s) != signal.SIG_IGN}
         return self
 
     def _note(self, signum, frame):
@@ -236,8 +237,6 @@ class _Run:
                     self._save()
                 self._yield_to_signal()
             self._yield_to_signal()
-        if not self.best:
-            raise UserError("no validation loss was finite; nothing to keep")
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(self.best[name])
@@ -245,6 +244,8 @@ class _Run:
                          reason or f"{epochs} epochs done")
 
     def _start(self):
+        for left in self.path.parent.glob(f".{CHECKPOINT}.*.tmp"):  # by a run that was killed while it wrote
+            left.unlink()
         if self.path.exists() and not self.options.resume:
             # The stage has checked --overwrite; a stale checkpoint belongs to the run that is replaced.
             self.path.unlink()
@@ -252,6 +253,8 @@ class _Run:
             self.state, self.best = checkpoints.load(self.path, self.fingerprint, self.trained, self.optimizer,
                                                      self.train, self.device)
             self.log(f"resuming after step {self.state.step} from {self.path}")
+            self._write_statistics()
+            self.clock = time.perf_counter()
         else:
             if self.options.resume:
                 self.log(f"no checkpoint in {self.path.parent}; starting from the beginning")
@@ -261,7 +264,7 @@ class _Run:
         state, options = self.state, self.options
         if options.target_loss and state.rows[-1][2] <= options.target_loss:
             return f"target loss {options.target_loss:g} reached"
-        if options.early_stop and state.rows[-1][0] - state.best_epoch >= options.early_stop:
+        if options.early_stop and state.rows[-1][0] - state.best_epoch >= options.early_stop - 1e-9:
             return f"no better validation loss for {options.early_stop:g} epochs"
         return None
 
@@ -284,7 +287,7 @@ class _Run:
         if not torch.isfinite(norm) or not torch.isfinite(loss):
             what = "loss" if not torch.isfinite(loss) else "gradient"
             raise UserError(f"the {what} is not finite at step {state.step + 1}; try a lower --lr"
-                            + (f"; the last good state is in {self.path}" if self.path.exists() else ""))
+                            + self._keep_best())
         if self.options.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.trained.values(), self.options.max_grad_norm, norm)
         self.optimizer.step()
@@ -319,10 +322,19 @@ class _Run:
                  f"{state.seconds:7.1f} s" + ("  *" if state.best_epoch == epoch else ""))
         if not math.isfinite(loss):
             raise UserError(f"the validation loss is {loss} after step {state.step}; try a lower --lr"
-                            + (f"; the last good state is in {self.path}" if self.path.exists() else ""))
-        write_bytes(self.stats, statistics_csv(state.rows))
-        self._save()
+                            + self._keep_best())
+        self._save()  # first: statistics without a checkpoint are those of another run
+        self._write_statistics()
         self.clock = time.perf_counter()
+
+    def _write_statistics(self):
+        write_bytes(self.stats, statistics_csv(self.state.rows))
+
+    def _keep_best(self) -> str:
+        if not self.path.exists():
+            return ""
+        return (f"; {self.path} holds the best weights so far, the same command with --resume --target-loss 1e6 "
+                "writes them")
 
     def _checkpoint_due(self) -> bool:
         if self.options.checkpoint_every:
@@ -380,6 +392,8 @@ def finetune_model(stage: str, args, model, inputs: dict) -> int:
         result = fit(objective, train, valid, options, device=device, stats=args.stats,
                      fingerprint=fingerprint(args, **hashes))
         masking.release(model.network)
+        if args.source_prefix is not None:
+            model.prefix = args.source_prefix
         model.provenance = provenance(stage, args, inputs)
         models.save(args.output, model)
         finish(options)

@@ -33,9 +33,9 @@ for ((n = 0; n < configurations; n++)); do
     make "$out/composed_$n.pth" compose_model.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
         -o "$out/composed_$n.pth" "${sweep[@]}" "${data[@]}"
     make "$out/finetuned_$n.pth" model-level_finetuning.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
-        -o "$out/finetuned_$n.pth" --stats "$out/finetuned_$n.csv" --resume "${sweep[@]}" "${data[@]}" "${train[@]}"
+        -o "$out/finetuned_$n.pth" --stats "$out/finetuned_$n.csv" --resume --overwrite "${sweep[@]}" "${data[@]}" "${train[@]}"
     make "$out/baseline_$n.pth" baseline_finetuning.py -m "$out/pruned_$n.pth" \
-        -o "$out/baseline_$n.pth" --stats "$out/baseline_$n.csv" --resume "${data[@]}" "${train[@]}"
+        -o "$out/baseline_$n.pth" --stats "$out/baseline_$n.csv" --resume --overwrite "${data[@]}" "${train[@]}"
     make "$out/loss_$n.png" plot_loss.py "$out/finetuned_$n.csv" "$out/baseline_$n.csv" -x seconds \
         --label composed baseline --title "configuration $n" -o "$out/loss_$n.png"
     models+=("$out/pruned_$n.pth" "$out/composed_$n.pth" "$out/finetuned_$n.pth" "$out/baseline_$n.pth")

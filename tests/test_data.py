@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import io
 
 import pytest
 import requests
@@ -148,3 +149,15 @@ def test_the_prefix_stands_before_each_source(origin):
     plain = Batches([("a man", "ein Mann")], origin, 100).dataset.examples[0].source
     prefixed = Batches([("a man", "ein Mann")], origin, 100, prefix="a dog ").dataset.examples[0].source
     assert len(prefixed) > len(plain) and prefixed[-len(plain):] == plain
+
+
+def test_no_read_asks_for_more_memory_than_a_little(tmp_path):
+    """A plain file of two bytes must not need the 4 GiB that a text may have."""
+    asked = []
+
+    class Stream(io.BytesIO):
+        def read(self, size=-1):
+            asked.append(size)
+            return super().read(size)
+
+    assert data._unpack(Stream(b"ab"), tmp_path / "t.en") == b"ab" and 0 < max(asked) <= 1 << 24

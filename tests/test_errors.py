@@ -5,7 +5,10 @@ import gzip
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,3 +397,42 @@ def test_a_full_disk_loses_nothing(work, stage, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     check(result, "File too large")
     assert (work / "out.pth").read_text() == "precious" and not list(work.glob(".*"))
+
+
+@pytest.mark.parametrize(("name", "flags", "message"), [
+    ("block-level_finetuning", ["--stats", "."], "is a folder, a file name is needed"),
+    ("baseline_finetuning", ["--checkpoint-dir", "/"], "must be a folder of its own"),
+    ("baseline_finetuning", ["--checkpoint-dir", "out.pth"], "must be a folder of its own"),
+    ("model-level_finetuning", ["--device", "meta"], "--device meta: cannot be used"),
+    ("prune", ["--device", "warp"], "--device warp: cannot be used"),
+])
+def test_odd_arguments_are_one_sentence(work, stage, monkeypatch, name, flags, message):
+    monkeypatch.chdir(work)
+    arguments, roles = INPUTS[name]
+    check(stage(name, *[a.format(**roles) for a in arguments], "-o", "out.pth", *flags), message)
+
+
+def test_a_seed_beyond_64_bits_is_refused(stage):
+    assert stage("prune", "--seed", 2**64).code == 2
+
+
+def test_verifying_belongs_to_a_search(work, stage):
+    check(stage("config_generator", "-m", work / "origin.pth", "-o", work / "c.json", "--verify"), "belong to a search")
+
+
+def test_statistics_of_another_run_are_not_replaced_by_resuming(work, stage, monkeypatch):
+    """They have no checkpoint, so there is nothing that --resume could go on with."""
+    monkeypatch.chdir(work)
+    (work / "kept.csv").write_text("of another run")
+    arguments, roles = INPUTS["baseline_finetuning"]
+    check(stage("baseline_finetuning", *[a.format(**roles) for a in arguments], "-o", "new.pth", "--stats", "kept.csv",
+                "--resume"), "kept.csv: exists already")
+    assert (work / "kept.csv").read_text() == "of another run"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("to", "code"), [("> /dev/full", 2), (">&-", 0)])
+def test_output_that_cannot_be_written_is_no_traceback(made, tmp_path, to, code):
+    done = subprocess.run(f"{sys.executable} {ROOT}/prune_scheme_generator.py -i {made}/conf.json -o {tmp_path}/s.json "
+                          + to, shell=True, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr and (tmp_path / "s.json").exists()

@@ -379,7 +379,7 @@ def test_a_second_signal_while_the_first_is_told_changes_nothing(monkeypatch, ca
     monkeypatch.setattr("sys.argv", ["stage.py"])
     monkeypatch.setattr(sys, "stderr", stream)
     assert cli.run(lambda: os.kill(os.getpid(), signum) or time.sleep(9)) == 128 + signum
-    assert stream.getvalue().endswith("ed; the outputs that existed before are unchanged\n")
+    assert stream.getvalue().endswith("ed; no file is left half written\n")
 
 
 @pytest.mark.parametrize("error", [Interrupted("stop", 15), KeyboardInterrupt(), OSError(28, "full")])

@@ -1,7 +1,9 @@
+import json
+
 import pytest
 import torch
 
-from common import masking, models
+from common import hub, masking, models
 from common.files import UserError
 from tests.conftest import make_tokenizer, save_folder
 
@@ -22,6 +24,15 @@ def test_a_saved_model_loads_equal(work, origin):
 def test_loading_equals_the_hugging_face_model(made, tmp_path, origin):
     network = save_folder(tmp_path / "again")
     assert torch.equal(logits(network), logits(origin.network))
+
+
+def test_a_folder_whose_configuration_names_no_start_token_begins_with_padding(tmp_path):
+    save_folder(tmp_path / "hub")
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    del config["decoder_start_token_id"]
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    network = hub.load_folder(tmp_path / "hub", "en", "de").network
+    assert network.config.decoder_start_token_id == network.config.pad_token_id == 0
 
 
 @pytest.mark.parametrize(("kind", "changes"), [

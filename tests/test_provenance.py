@@ -1,11 +1,13 @@
 """What a file tells of its making, and that parts which do not belong together are refused with both values."""
 
+import argparse
 import platform
 
 import pytest
 import torch
 
 from common import bank, configs, files, models
+from common.provenance import ancestry, provenance
 from tests.test_errors import INPUTS, TEXT, check
 
 TRAIN = ["-m", "origin.pth", "-p", "tuned.npy", "-c", "conf.json", "-n", "1", "--epochs", "1", "--seed", "7", *TEXT]
@@ -71,3 +73,22 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(here, stage, mo
     assert stage("model-level_finetuning", *TRAIN, *out).code == 0
     check(stage("model-level_finetuning", *TRAIN, *out, *change, "--resume", "--overwrite"),
           "is of another run; repeat its arguments", told)
+
+
+def test_a_source_prefix_that_was_trained_with_is_kept(here, stage):
+    out = ("-o", "p.pth", "--stats", "p.csv")
+    assert stage("model-level_finetuning", *TRAIN, *out, "--source-prefix", "x: ").code == 0
+    assert stage("compose_model", "-m", "origin.pth", "-p", "tuned.npy", "-c", "conf.json", "-o", "c.pth",
+                 "--source-prefix", "y: ").code == 0
+    assert models.load(here / "p.pth").prefix == "x: " and models.load(here / "c.pth").prefix == "y: "
+
+
+def test_a_hundred_generations_can_be_read(made, tmp_path):
+    model = models.load(made / "origin.pth")
+    args = argparse.Namespace(generation=0)
+    for args.generation in range(100):
+        model.provenance = provenance("baseline_finetuning.py", args, {
+            "model": (tmp_path / "m.pth", "0" * 64, model.provenance)})
+    models.save(tmp_path / "m.pth", model)
+    told = ancestry(models.load(tmp_path / "m.pth").provenance)
+    assert "generation=99" in told and "generation=75" in told and "generation=3\n" not in told

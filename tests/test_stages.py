@@ -225,7 +225,7 @@ def test_plot_loss_draws_several_runs(made, tmp_path, stage):
         result = stage("plot_loss", made / "block.csv", made / "block.csv", "-x", "seconds", "--label", "one", "two",
                        "--log", "-o", tmp_path / name)
         assert result.code == 0, result.err
-    assert "one, validation" in (tmp_path / "a.svg").read_text() or (tmp_path / "a.svg").stat().st_size > 10_000
+    assert "one, validation" in (tmp_path / "a.svg").read_text()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

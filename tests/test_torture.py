@@ -96,7 +96,7 @@ def test_a_gradient_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(m
                 output = output + (self.weight - self.weight.detach()).abs().sum().sqrt()  # 0, of infinite slope
             return output, torch.tensor(1)
 
-    with pytest.raises(training.UserError, match="the gradient is not finite at step 3; .* the last good state is in"):
+    with pytest.raises(training.UserError, match="the gradient is not finite at step 3; .* holds the best weights"):
         run(made, text, tmp_path, Exploding(2, 2))
     state = checkpoints.load_sealed(tmp_path / "cp" / "checkpoint.pth", "a checkpoint")
     assert all(torch.isfinite(w).all() for w in state["weights"].values())
@@ -111,7 +111,7 @@ def test_a_validation_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(mad
     Exploding.trained = False
     step = training._Run._step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(
-            training.UserError, match=r"the validation loss is inf after step \d+; .* the last good state is in "):
+            training.UserError, match=r"the validation loss is inf after step \d+; .* holds the best weights so far "):
         def trained(self, *arguments):
             Exploding.trained = True
             step(self, *arguments)

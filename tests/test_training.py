@@ -152,9 +152,46 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(made,
             Exploding.calls += self.training
             return loss * (math.nan if self.training and Exploding.calls == 3 else 1), count
 
-    with pytest.raises(UserError, match="the loss is not finite at step 3.*the last good state is in .*checkpoint.pth"):
+    with pytest.raises(UserError, match="the loss is not finite at step 3.*checkpoint.pth holds the best weights"):
         run(made, text, tmp_path, Exploding(models.load(made / "pruned.pth").network))
     assert (tmp_path / "cp" / "checkpoint.pth").exists()
+    weights, result, _ = run(made, text, tmp_path, resume=True, target_loss=1e6)  # what the message advises
+    assert result.steps == 0 and result.reason == "target loss 1e+06 reached" and weights
+
+
+def test_a_shells_background_job_is_not_stopped_by_ctrl_c(made, text, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _, result, _ = run(made, text, tmp_path, log=lambda _: os.kill(os.getpid(), signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert result.reason == "2 epochs done"
+
+
+def test_what_a_killed_run_left_half_written_is_removed(made, text, tmp_path):
+    (tmp_path / "cp").mkdir()
+    (tmp_path / "cp" / ".checkpoint.pth.123.tmp").write_text("half")
+    run(made, text, tmp_path, resume=True)
+    assert [p.name for p in (tmp_path / "cp").iterdir()] == ["checkpoint.pth"]
+
+
+def test_resuming_writes_the_statistics_anew(made, text, tmp_path):
+    run(made, text, tmp_path)
+    before = (tmp_path / "s.csv").read_text()
+    (tmp_path / "s.csv").unlink()
+    run(made, text, tmp_path, resume=True)
+    assert (tmp_path / "s.csv").read_text() == before
+
+
+@pytest.mark.parametrize(("epochs", "better", "patience"), [((0.0, 1.3, 2.3), 1.3, 1.0), ((0.0, 0.2, 0.3), 0.2, 0.1)])
+def test_early_stop_counts_parts_of_an_epoch(made, text, tmp_path, epochs, better, patience):
+    options = FitOptions(9, 1e-3, tmp_path, early_stop=patience)
+    state = training._Run(torch.nn.Linear(1, 1), *text, options, "cpu", tmp_path / "s.csv", {}, quiet, None)
+    state.state.best_epoch = better
+    for epoch in epochs:
+        state.state.rows.append([epoch, None, 2.0])
+        assert (state._stop_reason() is not None) == (epoch == epochs[-1])
 
 
 def test_a_damaged_checkpoint_is_refused(made, text, tmp_path):
