@@ -130,7 +130,7 @@ def check_solver(args) -> None:
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    cli.check_outputs(True, args.stats)
+    cli.check_outputs(True, args.output, args.stats)
     args.variants = args.variants or args.stats.with_suffix(".variants.csv")
     cli.check_inputs(args.model, args.bank)
     if args.configurations:

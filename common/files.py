@@ -172,7 +172,8 @@ def locked(*paths: Path | None):
 
 @contextlib.contextmanager
 def _locked(path: Path):
-    name = path.absolute().with_name(f".{path.absolute().name}.lock")
+    path = path if path.name else path.absolute()  # "." has no name
+    name = path.with_name(f".{path.name}.lock")
     while True:
         handle = os.open(name, os.O_CREAT | os.O_RDWR, 0o644)
         try:

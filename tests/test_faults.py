@@ -90,7 +90,7 @@ def test_an_output_folder_that_vanishes_is_named(here, stage, monkeypatch):
 
     monkeypatch.setattr(training._Run, "_step", vanish)
     check(stage("baseline_finetuning", *TRAIN, "-o", "deep/out.pth", "--stats", "deep/out.csv"),
-          "deep/out.csv: No such file or directory")
+          "deep/out.pth.checkpoint/checkpoint.pth: No such file or directory")
 
 
 def test_an_output_folder_that_vanishes_during_the_work_is_named(here, stage, monkeypatch):

@@ -111,7 +111,7 @@ def test_a_validation_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(mad
     Exploding.trained = False
     step = training._Run._step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(
-            training.UserError, match=r"the validation loss is inf after step \d+; .* holds the best weights so far "):
+            training.UserError, match=r"the validation loss is inf after step \d+; .* holds the best weights so far, "):
         def trained(self, *arguments):
             Exploding.trained = True
             step(self, *arguments)
