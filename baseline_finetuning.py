@@ -19,7 +19,7 @@ def build_parser():
                    help="model file to train")
     cli.add_output(p, "baseline_model.pth", "model file to write")
     cli.add_training(p, epochs=3, lr=1e-3, stats="baseline_stats.csv")
-    cli.add_dropout(p)
+    cli.add_regularization(p)
     cli.add_data(p)
     cli.add_runtime(p)
     return p

@@ -19,7 +19,7 @@ def build_parser():
     cli.add_composition(p, "finetuned_modules.npy")
     cli.add_output(p, "finetuned_model.pth", "model file to write")
     cli.add_training(p, epochs=3, lr=1e-3, stats="model_stats.csv")
-    cli.add_dropout(p)
+    cli.add_regularization(p)
     cli.add_data(p)
     cli.add_runtime(p)
     return p

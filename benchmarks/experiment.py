@@ -28,7 +28,7 @@ TARGETS = (0.10, 0.05, 0.03, 0.01)  # validation loss above the dense model's, a
 GRID = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 ARMS = ("baseline", "composed")
 SETTINGS = ("jobs", "threads", "criterion", "attention_steps", "calibration_sentences", "eval_every",
-            "max_train_sentences", "configurations", "target", "dropout")
+            "max_train_sentences", "configurations", "target", "dropout", "label_smoothing")
 
 
 class Experiment:
@@ -79,7 +79,7 @@ class Experiment:
         stats = output.with_suffix(".csv")
         flags = ["-o", output, "--stats", stats, "--lr", lr, "--epochs", 1, "--eval-every", self.args.eval_every,
                  "--max-train-sentences", self.args.max_train_sentences, "--dropout", self.args.dropout,
-                 *self.seed(folder), *self.text]
+                 "--label-smoothing", self.args.label_smoothing, *self.seed(folder), *self.text]
         flags += ["--target-loss", target] if target else []
         chosen = ["-m", self.args.model, "-c", folder / "conf.json", "-n", n]
         if arm == "baseline":
@@ -148,7 +148,8 @@ def run(args) -> dict:
             done = next(r for r in result["seeds"][0]["runs"] if (r["arm"], r["configuration"]) == job)
             return done if min(done["loss"]) > limit else e.train(e.out / "seed0", arm, n, lrs[arm], None, "_long")
 
-        curves = list(pool.map(whole, [(arm, n) for n in range(args.configurations) for arm in ARMS]))
+        curves = [] if args.targets_only else list(pool.map(whole, [
+            (arm, n) for n in range(args.configurations) for arm in ARMS]))
         models = {arm: [e.out / "seed0" / f"{arm}_{r['configuration']}_long.pth" for r in curves
                         if r["arm"] == arm and "bleu" not in r] for arm in ARMS}
         for arm, scores in zip(ARMS, pool.map(lambda arm: e.evaluate(
@@ -179,6 +180,8 @@ def main(argv=None) -> int:
                    "is the longest training (default: 16000)")
     p.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of both arms; the model's own, 0.1, makes "
                    "their last steps slow (default: 0)")
+    p.add_argument("--label-smoothing", type=float, default=0.0, metavar="P", help="of both arms (default: 0)")
+    p.add_argument("--targets-only", action="store_true", help="leave out the runs over the whole epoch")
     p.add_argument("--eval-every", type=int, default=10, metavar="STEPS")
     p.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at once (default: 2)")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads of each (default: 1)")

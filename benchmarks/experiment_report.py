@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 ARMS = ("baseline", "composed")
+COLORS = {"baseline": "tab:gray", "composed": "tab:blue"}
 NUMBERS = (1, 2, 4, 8, 16, 32, 64, 100)  # of models, for which the speed-up is told
 
 
@@ -106,6 +107,9 @@ def report(result: dict, folder: Path) -> None:
         heads, linear = first["rates"][b["configuration"]]
         print(f"| {b['configuration']} | {heads:.2f}, {linear:.2f} | {b['zeros'] / b['parameters']:.1%} | "
               f"{b['loss'][0]:.3f}, {c['loss'][0]:.3f} | {seconds} | {steps} | {b['bleu']:.1f}, {c['bleu']:.1f} |")
+    draw_targets(result, folder)
+    if not result["curves"]:
+        return
     print("\nTrained for the whole epoch, seed 0; seconds (baseline, composed):\n\n| configuration | "
           + " | ".join(f"to {t:.0%}" for t in result["targets"])
           + " | loss after equal time | best loss | BLEU of the best |\n"
@@ -127,19 +131,17 @@ def report(result: dict, folder: Path) -> None:
                  for k, d in (("baseline", 0), ("composed", 0), ("speedup", 2))]
         print(f"| {t:.0%} | {every['reached']['baseline']}, {every['reached']['composed']} of {every['n']} | "
               f"{' | '.join(cells)} |")
-    draw(result, folder)
+    draw_curves(result, folder)
 
 
-def draw(result: dict, folder: Path) -> None:
-    """Draw loss curves, speed-up against N and BLEU against sparsity."""
+def draw_curves(result: dict, folder: Path) -> None:
+    """Draw loss curves of a mild, a middle and a harsh configuration."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colors = {"baseline": "tab:gray", "composed": "tab:blue"}
     dense, first = result["dense"], result["seeds"][0]
-    runs, limit = by_arm(first), dense["validation_loss"] * (1 + result["settings"]["target"])
     uniform = (result["settings"]["configurations"] + 1) // 2
     drawn = [pairs(result["curves"])[n] for n in sorted({0, uniform // 2, uniform - 1})]
     figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 3.8), layout="constrained", squeeze=False)
@@ -148,8 +150,8 @@ def draw(result: dict, folder: Path) -> None:
         n = pair[0]["configuration"]
         for r in pair:
             arm = r["arm"]
-            axis.plot([s + r["setup_seconds"] for s in r["seconds"]], r["loss"], color=colors[arm], label=arm)
-            axis.plot(r["setup_seconds"], r["loss"][0], "o", color=colors[arm], markersize=4)
+            axis.plot([s + r["setup_seconds"] for s in r["seconds"]], r["loss"], color=COLORS[arm], label=arm)
+            axis.plot(r["setup_seconds"], r["loss"][0], "o", color=COLORS[arm], markersize=4)
         for t in (0.05, 0.1):
             axis.axhline(dense["validation_loss"] * (1 + t), color="tab:green", linewidth=0.8, linestyle=":")
             axis.text(axis.get_xlim()[1], dense["validation_loss"] * (1 + t), f"{t:.0%}", fontsize=8, va="bottom",
@@ -162,6 +164,16 @@ def draw(result: dict, folder: Path) -> None:
     axes[0].legend()
     figure.savefig(folder / "experiment_loss.png", dpi=130)
 
+
+def draw_targets(result: dict, folder: Path) -> None:
+    """Draw speed-up against N, and BLEU against sparsity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    dense, runs = result["dense"], by_arm(result["seeds"][0])
+    limit = dense["validation_loss"] * (1 + result["settings"]["target"])
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for seed in result["seeds"]:
         axes[0].plot(*zip(*total(seed, limit)["at"].items(), strict=True), marker="o", markersize=3,
@@ -174,7 +186,7 @@ def draw(result: dict, folder: Path) -> None:
     axes[0].legend()
     for arm in ARMS:
         axes[1].scatter([r["zeros"] / r["parameters"] for r in runs[arm]], [r["bleu"] for r in runs[arm]], s=18,
-                        color=colors[arm], label=arm)
+                        color=COLORS[arm], label=arm)
     axes[1].axhline(dense["bleu"], color="black", linewidth=0.8, linestyle=":", label="dense")
     axes[1].set_xlabel("zeros in the whole model")
     axes[1].set_ylabel("BLEU on test_2016_flickr when it ended")

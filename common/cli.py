@@ -233,15 +233,18 @@ def add_batch_tokens(p) -> None:
                    help="tokens a batch (in training: a step), padding included, of the longer side")
 
 
-def dropout(text: str) -> float:
-    """Parse a dropout probability, in [0, 1)."""
+def probability(text: str) -> float:
+    """Parse a probability in [0, 1)."""
     return _number(text, "a probability in [0, 1)", float, lambda x: 0 <= x < 1)
 
 
-def add_dropout(p: argparse.ArgumentParser) -> None:
-    """Add --dropout."""
-    p.add_argument("--dropout", type=dropout, metavar="P",
+def add_regularization(p: argparse.ArgumentParser) -> None:
+    """Add --dropout and --label-smoothing."""
+    p.add_argument("--dropout", type=probability, metavar="P",
                    help="dropout while training (default: the model's own); 0 makes short trainings shorter")
+    p.add_argument("--label-smoothing", type=probability, default=0.0, metavar="P",
+                   help="share of each target token's probability that is spread over the vocabulary while training: "
+                        "give what the original was trained with; validation losses are without")
 
 
 def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:

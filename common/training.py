@@ -64,10 +64,15 @@ class FitResult:
 
 
 class TranslationLoss(nn.Module):
-    """Cross-entropy of a T5 on a batch: ``forward`` returns (sum over target tokens, number of tokens)."""
+    """Cross-entropy of a T5 on a batch: ``forward`` returns (sum over target tokens, number of tokens).
 
-    def __init__(self, network):
+    Label smoothing (Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", section 7) is
+    for training mode alone: what is evaluated is always the plain cross-entropy.
+    """
+
+    def __init__(self, network, label_smoothing: float = 0.0):
         super().__init__()
+        self.label_smoothing = label_smoothing
         self.network = network
         self.training = network.training  # else `evaluate` would leave a network that was evaluated in training mode
 
@@ -75,7 +80,8 @@ class TranslationLoss(nn.Module):
         labels = batch["labels"]
         out = self.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                            decoder_input_ids=shift_right(labels, self.network.config))
-        loss = nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        loss = nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum",
+                                           label_smoothing=self.label_smoothing if self.training else 0.0)
         return loss, (labels >= 0).sum()
 
 
@@ -384,7 +390,7 @@ def finetune_model(stage: str, args, model, inputs: dict) -> int:
         train, valid = load_batches(args, model)
         inputs |= {"training text": text_input(args, train), "validation text": text_input(args, valid)}
         options = FitOptions.from_args(args)
-        objective = TranslationLoss(models.place(model.network, device))
+        objective = TranslationLoss(models.place(model.network, device), args.label_smoothing)
         if args.dropout is not None:
             set_dropout(model.network, args.dropout)
         masking.enforce(model.network, model.masks)

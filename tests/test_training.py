@@ -231,6 +231,20 @@ def test_without_dropout_training_mode_computes_what_evaluation_mode_does(made, 
     assert model.network.config.dropout_rate == 0.1
 
 
+def test_label_smoothing_spreads_probability_in_training_alone(made, text):
+    network = models.load(made / "origin.pth").network.eval()
+    training.set_dropout(network, 0.0)
+    batch = text[0].collate(text[0].dataset.examples[:5])
+    smoothed, plain = TranslationLoss(network, 0.2), TranslationLoss(network)
+    logits = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                     decoder_input_ids=training.shift_right(batch["labels"], network.config)).logits
+    valid = batch["labels"] >= 0
+    logs = torch.log_softmax(logits[valid], -1)
+    by_hand = -0.8 * logs[torch.arange(len(logs)), batch["labels"][valid]].sum() - 0.2 * logs.mean(dim=1).sum()
+    assert float(smoothed.eval()(batch)[0]) == float(plain.eval()(batch)[0])
+    assert float(smoothed.train()(batch)[0]) == pytest.approx(float(by_hand), rel=1e-5)
+
+
 def test_the_stage_trains_with_the_dropout_asked_for(work, stage):
     ends = {}
     for name, flags in (("own", ()), ("same", ("--dropout", 0.1)), ("none", ("--dropout", 0))):
@@ -240,3 +254,4 @@ def test_the_stage_trains_with_the_dropout_asked_for(work, stage):
         ends[name] = (work / f"{name}.csv").read_text().splitlines()[-1].split(",")[2]
     assert ends["own"] == ends["same"] != ends["none"]
     assert stage("baseline_finetuning", "--dropout", 1.0).code == 2
+    assert stage("baseline_finetuning", "--label-smoothing", -0.1).code == 2
