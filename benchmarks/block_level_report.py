@@ -150,7 +150,7 @@ def draw(path: Path, results: dict) -> None:
     axes.set(xscale="log", yscale="log", xlabel="seconds of tuning all variants",
              ylabel="mean relative squared error of outputs, validation text")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(loc="upper right", fontsize=8)
     with files.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
     plt.close(figure)
