@@ -218,13 +218,25 @@ def recalibrated(b: Bench) -> None:
             if criterion == "obs":
                 b.measure("sweep", at + "+ sweep by loss",
                           lambda make=make: make(1, b.text(recalibration.METRIC_SENTENCES)))
-    began = time.perf_counter()
-    with torch.no_grad():
-        for batch in text.fixed():
-            training.TranslationLoss(b.network)(batch)
-    b.rows["forward_seconds"] = time.perf_counter() - began
+
+
+def cost(b: Bench) -> None:
+    """Time a sweep and a forward pass of the original over the same text, by turns, the fastest of three each."""
+    if "cost" in b.rows:
+        return
+    text, times = b.text(2000), {"forward pass": [], "sweep": [], "sweep by loss": []}
+    variants, _ = b.variants(configs.uniform(b.kinds, 0.5, 0.8))
+    for _ in range(3):
+        began = time.perf_counter()
+        with torch.no_grad():
+            for batch in text.fixed():
+                training.TranslationLoss(b.network)(batch)
+        times["forward pass"].append(time.perf_counter() - began)
+        for name, few in (("sweep", None), ("sweep by loss", b.text(recalibration.METRIC_SENTENCES))):
+            times[name].append(recalibration.recalibrate(b.network, b.compose(variants), text, "cpu", 1e-4, few,
+                                                         log=lambda text: None))
+    b.rows["cost"] = {name: min(seconds) for name, seconds in times.items()}
     files.write_json(b.results, b.rows)
-    print(f"one forward pass of the original over the same text: {b.rows['forward_seconds']:.1f} s")
 
 
 def draw(b: Bench) -> None:
@@ -266,8 +278,9 @@ def main() -> int:
     b = Bench(args)
     print(f"{'table':12} {'row':44} {'val.loss':>8} {'BLEU':>6} {'time':>10} {'error':>8}")
     b.measure("dense", "original", lambda: (b.original, 0.0, None))
-    for section in (calibration_size, attention, linear, recalibrated):
+    for section in (cost, calibration_size, attention, linear, recalibrated):
         section(b)
+    print("seconds over 2,000 sentences: " + ", ".join(f"{k} {v:.2f}" for k, v in b.rows["cost"].items()))
     draw(b)
     return 0
 
