@@ -129,8 +129,8 @@ class Bank:
 
     @property
     def keeps_hidden(self) -> bool:
-        """Whether wi is better for the hidden units than what is nearest to the original's outputs."""
-        return self.tuned == HIDDEN_UNITS
+        """Whether wi was tuned for something else than to be nearest to the original's outputs."""
+        return self.tuned in (HIDDEN_UNITS, "joint")
 
     def read(self, key: Key) -> Variant:
         """Return one variant, its checksum verified.
