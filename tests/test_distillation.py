@@ -75,6 +75,7 @@ def test_joint_tuning_lowers_the_loss_of_every_configuration(made, text, tmp_pat
                    tmp_path / "j.npy", "--stats", tmp_path / "j.csv", "--solver", "joint", "--epochs", 2, "--lr", 3e-3,
                    "--data-dir", made / "text", "--batch-tokens", 400, *extra)
     assert result.code == 0, result.err
+    assert bank.load(tmp_path / "j.npy").keeps_hidden  # its wi was not tuned for its own outputs
     for configuration in read_configurations(made / "conf.json"):
         losses = []
         for path in (made / "tuned.npy", tmp_path / "j.npy"):

@@ -241,8 +241,8 @@ def test_label_smoothing_spreads_probability_in_training_alone(made, text):
     valid = batch["labels"] >= 0
     logs = torch.log_softmax(logits[valid], -1)
     by_hand = -0.8 * logs[torch.arange(len(logs)), batch["labels"][valid]].sum() - 0.2 * logs.mean(dim=1).sum()
-    assert float(smoothed.eval()(batch)[0]) == float(plain.eval()(batch)[0])
-    assert float(smoothed.train()(batch)[0]) == pytest.approx(float(by_hand), rel=1e-5)
+    assert torch.equal(smoothed.eval()(batch)[0], plain.eval()(batch)[0])
+    assert torch.allclose(smoothed.train()(batch)[0], by_hand, rtol=1e-5)
 
 
 def test_the_stage_trains_with_the_dropout_asked_for(work, stage):
