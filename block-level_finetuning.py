@@ -3,9 +3,10 @@
 
 Reads the original model and a bank. Writes the tuned bank, statistics, and a table of all variants with their
 errors. --solver exact needs one pass of the original over some calibration text. adamw trains for epochs against the
-original's outputs and also tunes q, k and v. joint takes a bank that is tuned already and trains it in random
-compositions on the translation loss, so that variants learn to work together. --resume and the flags under
-"training", but for --stats and --batch-tokens, are for the latter two. Errors are relative: E|y - y'|² / E|y|².
+original's outputs and also tunes q, k and v. joint takes a bank that is tuned already and trains corrections, which
+all variants of a block share, in random compositions on the translation loss, so that variants learn to work together.
+--resume and the flags under "training", but for --stats and --batch-tokens, are for the latter two. Errors are
+relative: E|y - y'|² / E|y|².
 
     python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
 """
@@ -34,8 +35,10 @@ def build_parser():
     p.add_argument("--solver", choices=("exact", "adamw", "joint"), default="exact",
                    help="exact: least squares from the original's activations; adamw: gradient descent; joint: "
                         "gradient descent in composition")
-    p.add_argument("-c", "--configurations", type=Path, metavar="FILE",
-                   help="joint: draw these configurations (default: any mixture of the bank's variants)")
+    g = p.add_argument_group("joint tuning")
+    g.add_argument("-c", "--configurations", type=Path, metavar="FILE",
+                   help="draw these configurations (default: any mixture of the bank's variants)")
+    cli.add_label_smoothing(g)
     g = p.add_argument_group("exact solver")
     cli.add_calibration(g)
     g.add_argument("--attention-steps", type=cli.index, default=0, metavar="N",
@@ -97,14 +100,15 @@ def tune_by_gradient(args, model, opened, writer, device, train, valid, inputs, 
     judge = distillation.BlockReconstruction(network, opened, valid, device)
     before = judge.errors(valid, device)
     if args.solver == "joint":
-        objective = distillation.JointTranslation(network, opened, device, configurations, args.seed)
+        objective = distillation.JointTranslation(network, opened, device, configurations, args.seed,
+                                                  args.label_smoothing)
     else:
         objective = judge
     options = training.FitOptions.from_args(args, max_grad_norm=1.0 if args.solver == "joint" else None)
     hashes = {role: sha for role, (_, sha, _) in inputs.items()}
     result = training.fit(objective, train, valid, options, device=device, stats=args.stats,
                           fingerprint=training.fingerprint(args, **hashes))
-    judge.weights = objective.weights
+    judge.masked = objective.masked
     after = judge.errors(valid, device)
     table = []
     for variant, b, a in zip(objective.tuned(), before, after, strict=True):
@@ -118,6 +122,9 @@ def check_solver(args) -> None:
     """Refuse flags that the solver would ignore, and check the outputs."""
     if args.attention_error and not args.attention_steps:
         raise cli.UserError("--attention-error says where to take --attention-steps; give their number")
+    if args.solver != "joint" and (args.configurations or args.label_smoothing):
+        raise cli.UserError("-c and --label-smoothing say how --solver joint trains; the other solvers tune each variant "
+                            "apart, against the original's outputs")
     if args.solver == "exact":
         if args.resume:
             raise cli.UserError("--resume goes on with a training; the exact solver keeps no checkpoint, leave it out")
@@ -133,11 +140,9 @@ def main(argv=None) -> int:
     cli.check_outputs(True, args.output, args.stats)
     args.variants = args.variants or args.stats.with_suffix(".variants.csv")
     cli.check_inputs(args.model, args.bank)
-    if args.configurations:
-        if args.solver != "joint":
-            raise cli.UserError("-c says what --solver joint draws; the other solvers tune each variant apart")
-        cli.check_inputs(args.configurations)
     check_solver(args)
+    if args.configurations:
+        cli.check_inputs(args.configurations)
     from common import bank, configs, data, files, models, runtime, training
     from common.provenance import provenance
 

@@ -110,18 +110,29 @@ class BlockReconstruction(BankWeights):
 class JointTranslation(BankWeights):
     """Translation loss of randomly composed models: variants learn to work together, once for all configurations.
 
+    Trained is one correction for each weight of the original, added to that weight in every variant that keeps it.
+    So whatever is drawn teaches all variants of a block, mild and harsh, and what differs between them stays what
+    block level found. (Sharing of weights between networks of different sizes: Yu & Huang 2019, "Universally
+    Slimmable Networks and Improved Training Techniques", section 3.) Training each variant's own weights instead
+    lowers the loss four times more slowly: docs/experiment.md.
+
     Every training batch composes the original with one variant of each block, drawn from the global random state
-    (which checkpoints keep); only what was drawn gets a gradient. In evaluation mode the loss is the mean over a
-    fixed set of configurations: up to four, spread over those given, or mixtures drawn by ``seed``. No dropout.
+    (which checkpoints keep). In evaluation mode the loss is the mean over a fixed set of configurations: up to four,
+    spread over those given, or mixtures drawn by ``seed``. No dropout.
     """
 
-    def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0):
+    def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0,
+                 label_smoothing: float = 0.0):
         """Draw from those of ``configurations`` that prune something if given, else from all mixtures of variants.
 
         Raises:
             UserError: none of them does.
         """
         super().__init__(network, bank, device)
+        self.weights.requires_grad_(False)
+        shapes = {name: weight.shape for variant in self.variants for name, weight in variant.weights.items()}
+        self.corrections = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes.values())
+        self.corrected = {name: i for i, name in enumerate(shapes)}
         place = {variant.key: i for i, variant in enumerate(self.variants)}
         self.blocks: dict[str, list[int]] = {}
         for key in sorted(place):  # what a seed draws does not depend on the order in which a bank was written
@@ -134,7 +145,12 @@ class JointTranslation(BankWeights):
         spread = {len(self.choices) * (2 * i + 1) // (2 * VALIDATION_MIXTURES) for i in range(VALIDATION_MIXTURES)}
         self.fixed = [self.choices[i] for i in sorted(spread) if self.choices] or [
             [draw.choice(variants) for variants in self.blocks.values()] for _ in range(VALIDATION_MIXTURES)]
-        self.loss = [TranslationLoss(network)]
+        self.loss = [TranslationLoss(network, label_smoothing)]
+
+    def masked(self, i: int) -> dict[str, torch.Tensor]:
+        """Return variant ``i``'s corrected weights by name, exactly zero outside the masks."""
+        return {name: torch.where(mask, self.weights[slot] + self.corrections[self.corrected[name]], 0.0)
+                for name, (slot, mask) in self.slots[i].items()}
 
     def draw(self) -> list[int]:
         """Return the variants of one random composition."""

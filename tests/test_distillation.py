@@ -21,17 +21,37 @@ def test_the_joint_loss_of_a_configuration_is_that_of_the_composed_model(made, t
     assert training.evaluate(joint, text[1], "cpu") == pytest.approx(expected, rel=1e-6)
 
 
-def test_only_what_was_drawn_gets_a_gradient_and_removed_weights_none(made, text):
+def test_corrections_get_the_gradient_that_the_composed_model_has_inside_its_masks(made, text):
     joint = JointTranslation(origin_network(made), bank.load(made / "tuned.npy"), "cpu")
-    chosen = joint.draw()
-    loss, _ = joint.composed(chosen, text[0].collate(text[0].dataset.examples[:8]))
-    loss.backward()
-    for i, slots in enumerate(joint.slots):
-        for slot, mask in slots.values():
-            gradient = joint.weights[slot].grad
-            assert (gradient is not None) == (i in chosen)
-            assert gradient is None or not gradient[~mask].any()
+    chosen, batch = joint.draw(), text[0].collate(text[0].dataset.examples[:8])
+    joint.composed(chosen, batch)[0].backward()
+    model = models.load(made / "origin.pth")
+    for i in chosen:
+        composition.install(model, joint.variants[i])
+    training.TranslationLoss(model.network.eval())(batch)[0].backward()
+    for name, i in joint.corrected.items():
+        gradient = joint.corrections[i].grad
+        if name in model.masks:
+            assert not gradient[~model.masks[name]].any()
+            expected = torch.where(model.masks[name], model.network.get_parameter(name).grad, 0.0)
+            assert torch.allclose(gradient, expected, atol=1e-4 * float(expected.abs().max()))
+        else:  # q, k and v of an attention of which a variant without removed heads was drawn
+            assert gradient is None
+    trained = {id(p) for p in joint.corrections}
+    assert all(p.grad is None for p in joint.parameters() if id(p) not in trained)
     assert all(p.grad is None for p in joint._network[0].parameters())
+
+
+def test_all_variants_that_keep_a_weight_get_the_same_correction(made, text):
+    joint = JointTranslation(origin_network(made), bank.load(made / "tuned.npy"), "cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for correction in joint.corrections:
+            correction.normal_()
+    for before, after in zip(joint.variants, joint.tuned(), strict=True):
+        for name, mask in before.masks.items():
+            expected = (before.weights[name] + joint.corrections[joint.corrected[name]].detach()) * mask
+            assert torch.equal(after.weights[name], expected) and torch.equal(after.masks[name], mask)
 
 
 def test_every_variant_is_drawn(made):
@@ -88,7 +108,8 @@ def test_joint_tuning_lowers_the_loss_of_every_configuration(made, text, tmp_pat
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["-c", "conf.json"], "-c says what --solver joint draws"),
+    (["-c", "conf.json"], "-c and --label-smoothing say how --solver joint trains"),
+    (["--solver", "adamw", "--label-smoothing", 0.1], "-c and --label-smoothing say how --solver joint trains"),
     (["--resume"], "the exact solver keeps no checkpoint"),
     (["--attention-error", 0.1], "give their number"),
     (["--solver", "adamw", "--attention-steps", 5], "belong to --solver exact, not adamw"),
