@@ -4,7 +4,8 @@
 Reads the original model and a bank. Writes the tuned bank, statistics, and a table of all variants with their
 errors. --solver exact needs one pass of the original over some calibration text. adamw trains for epochs against the
 original's outputs and also tunes q, k and v. joint takes a bank that is tuned already and trains corrections, which
-all variants of a block share, in random compositions on the translation loss, so that variants learn to work together.
+all variants of a block share, in random compositions towards the original's output, so that variants learn to work
+together.
 --resume and the flags under "training", but for --stats and --batch-tokens, are for the latter two. Errors are
 relative: E|y - y'|² / E|y|².
 
@@ -38,7 +39,10 @@ def build_parser():
     g = p.add_argument_group("joint tuning")
     g.add_argument("-c", "--configurations", type=Path, metavar="FILE",
                    help="draw these configurations (default: any mixture of the bank's variants)")
-    cli.add_label_smoothing(g)
+    g.add_argument("--joint-loss", choices=("distillation", "translation"), default="distillation",
+                   help="distillation: the composed model's divergence from the original's distribution of each target "
+                        "token; translation: the translation loss, which falls faster, while translations get worse; "
+                        "validation losses are always the latter")
     g = p.add_argument_group("exact solver")
     cli.add_calibration(g)
     g.add_argument("--attention-steps", type=cli.index, default=0, metavar="N",
@@ -101,7 +105,7 @@ def tune_by_gradient(args, model, opened, writer, device, train, valid, inputs, 
     before = judge.errors(valid, device)
     if args.solver == "joint":
         objective = distillation.JointTranslation(network, opened, device, configurations, args.seed,
-                                                  args.label_smoothing)
+                                                  args.joint_loss == "distillation")
     else:
         objective = judge
     options = training.FitOptions.from_args(args, max_grad_norm=1.0 if args.solver == "joint" else None)
@@ -122,9 +126,9 @@ def check_solver(args) -> None:
     """Refuse flags that the solver would ignore, and check the outputs."""
     if args.attention_error and not args.attention_steps:
         raise cli.UserError("--attention-error says where to take --attention-steps; give their number")
-    if args.solver != "joint" and (args.configurations or args.label_smoothing):
-        raise cli.UserError("-c and --label-smoothing say how --solver joint trains; the other solvers tune each variant "
-                            "apart, against the original's outputs")
+    if args.solver != "joint" and (args.configurations or args.joint_loss != "distillation"):
+        raise cli.UserError("-c and --joint-loss say how --solver joint trains; the other solvers tune each variant "
+                            "apart")
     if args.solver == "exact":
         if args.resume:
             raise cli.UserError("--resume goes on with a training; the exact solver keeps no checkpoint, leave it out")

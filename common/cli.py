@@ -242,11 +242,6 @@ def add_regularization(p: argparse.ArgumentParser) -> None:
     """Add --dropout and --label-smoothing."""
     p.add_argument("--dropout", type=probability, metavar="P",
                    help="dropout while training (default: the model's own); 0 makes short trainings shorter")
-    add_label_smoothing(p)
-
-
-def add_label_smoothing(p) -> None:
-    """Add --label-smoothing."""
     p.add_argument("--label-smoothing", type=probability, default=0.0, metavar="P",
                    help="share of each target token's probability that is spread over the vocabulary while training: "
                         "give what the original was trained with; validation losses are without")

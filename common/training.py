@@ -77,12 +77,16 @@ class TranslationLoss(nn.Module):
         self.training = network.training  # else `evaluate` would leave a network that was evaluated in training mode
 
     def forward(self, batch):
-        labels = batch["labels"]
-        out = self.network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                           decoder_input_ids=shift_right(labels, self.network.config))
+        labels, out = batch["labels"], self.network(**network_inputs(batch, self.network.config))
         loss = nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum",
                                            label_smoothing=self.label_smoothing if self.training else 0.0)
         return loss, (labels >= 0).sum()
+
+
+def network_inputs(batch, config) -> dict[str, torch.Tensor]:
+    """Return what a T5 is called with, by name, for its logits at every target token of a batch."""
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"],
+            "decoder_input_ids": shift_right(batch["labels"], config)}
 
 
 def shift_right(labels: torch.Tensor, config) -> torch.Tensor:

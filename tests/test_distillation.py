@@ -108,8 +108,8 @@ def test_joint_tuning_lowers_the_loss_of_every_configuration(made, text, tmp_pat
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["-c", "conf.json"], "-c and --label-smoothing say how --solver joint trains"),
-    (["--solver", "adamw", "--label-smoothing", 0.1], "-c and --label-smoothing say how --solver joint trains"),
+    (["-c", "conf.json"], "-c and --joint-loss say how --solver joint trains"),
+    (["--solver", "adamw", "--joint-loss", "translation"], "-c and --joint-loss say how --solver joint trains"),
     (["--resume"], "the exact solver keeps no checkpoint"),
     (["--attention-error", 0.1], "give their number"),
     (["--solver", "adamw", "--attention-steps", 5], "belong to --solver exact, not adamw"),
