@@ -20,6 +20,9 @@ def build_parser():
     cli.add_output(p, "baseline_model.pth", "model file to write")
     cli.add_training(p, epochs=3, lr=1e-3, stats="baseline_stats.csv")
     cli.add_regularization(p)
+    p.add_argument("--teacher", type=Path, metavar="MODEL",
+                   help="the original, to distil from; needs --distillation")
+    cli.add_distillation(p, 0.0)
     cli.add_data(p)
     cli.add_runtime(p)
     return p
@@ -27,13 +30,22 @@ def build_parser():
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    cli.check_inputs(args.model)
+    cli.check_inputs(args.model, *([args.teacher] if args.teacher else []))
+    if bool(args.teacher) != bool(args.distillation):
+        raise cli.UserError("--teacher and --distillation belong together: the model to distil from, and its share of "
+                            "the loss, e.g. 0.5")
     cli.check_training(args)
     from common import models, training
 
     model = models.load(args.model)
     inputs = {"model": (args.model, model.identity, model.provenance)}
-    return training.finetune_model("baseline_finetuning.py", args, model, inputs)
+    teacher = models.load(args.teacher) if args.teacher else None
+    if teacher:
+        inputs["teacher"] = args.teacher, teacher.identity, teacher.provenance
+        if (teacher.tokenizer_json, teacher.network.config.vocab_size) != (
+                model.tokenizer_json, model.network.config.vocab_size):
+            raise cli.UserError(f"{args.teacher}: has another vocabulary than {args.model}; distilling needs the same")
+    return training.finetune_model("baseline_finetuning.py", args, model, inputs, teacher)
 
 
 if __name__ == "__main__":

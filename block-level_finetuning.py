@@ -4,10 +4,8 @@
 Reads the original model and a bank. Writes the tuned bank, statistics, and a table of all variants with their
 errors. --solver exact needs one pass of the original over some calibration text. adamw trains for epochs against the
 original's outputs and also tunes q, k and v. joint takes a bank that is tuned already and trains corrections, which
-all variants of a block share, in random compositions towards the original's output, so that variants learn to work
-together.
---resume and the flags under "training", but for --stats and --batch-tokens, are for the latter two. Errors are
-relative: E|y - y'|² / E|y|².
+all variants of a block share, in random compositions, so that variants learn to work together. --resume and the flags
+under "training", but for --stats and --batch-tokens, are for the latter two. Errors are relative: E|y - y'|² / E|y|².
 
     python block-level_finetuning.py -m origin_model.pth -p pruned_modules.npy -o finetuned_modules.npy
 """
@@ -21,6 +19,8 @@ from common import cli
 
 VARIANT_COLUMNS = ("block", "rates", "error_before", "error_after", "valid_error_before", "valid_error_after",
                    "seconds", "iterations")
+
+JOINT_DISTILLATION = 0.5
 
 
 def build_parser():
@@ -39,10 +39,7 @@ def build_parser():
     g = p.add_argument_group("joint tuning")
     g.add_argument("-c", "--configurations", type=Path, metavar="FILE",
                    help="draw these configurations (default: any mixture of the bank's variants)")
-    g.add_argument("--joint-loss", choices=("distillation", "translation"), default="distillation",
-                   help="distillation: the composed model's divergence from the original's distribution of each target "
-                        "token; translation: the translation loss, which falls faster, while translations get worse; "
-                        "validation losses are always the latter")
+    cli.add_distillation(g, JOINT_DISTILLATION)
     g = p.add_argument_group("exact solver")
     cli.add_calibration(g)
     g.add_argument("--attention-steps", type=cli.index, default=0, metavar="N",
@@ -105,7 +102,7 @@ def tune_by_gradient(args, model, opened, writer, device, train, valid, inputs, 
     before = judge.errors(valid, device)
     if args.solver == "joint":
         objective = distillation.JointTranslation(network, opened, device, configurations, args.seed,
-                                                  args.joint_loss == "distillation")
+                                                  args.distillation)
     else:
         objective = judge
     options = training.FitOptions.from_args(args, max_grad_norm=1.0 if args.solver == "joint" else None)
@@ -126,8 +123,8 @@ def check_solver(args) -> None:
     """Refuse flags that the solver would ignore, and check the outputs."""
     if args.attention_error and not args.attention_steps:
         raise cli.UserError("--attention-error says where to take --attention-steps; give their number")
-    if args.solver != "joint" and (args.configurations or args.joint_loss != "distillation"):
-        raise cli.UserError("-c and --joint-loss say how --solver joint trains; the other solvers tune each variant "
+    if args.solver != "joint" and (args.configurations or args.distillation != JOINT_DISTILLATION):
+        raise cli.UserError("-c and --distillation say how --solver joint trains; the other solvers tune each variant "
                             "apart")
     if args.solver == "exact":
         if args.resume:

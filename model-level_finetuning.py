@@ -20,6 +20,7 @@ def build_parser():
     cli.add_output(p, "finetuned_model.pth", "model file to write")
     cli.add_training(p, epochs=3, lr=1e-3, stats="model_stats.csv")
     cli.add_regularization(p)
+    cli.add_distillation(p, 0.0)
     cli.add_data(p)
     cli.add_runtime(p)
     return p
@@ -28,7 +29,7 @@ def build_parser():
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     cli.check_composition(args)
-    from common import composition, recalibration, runtime, training
+    from common import composition, models, recalibration, runtime, training
     from common.provenance import tell
 
     if args.ancestry:
@@ -38,7 +39,8 @@ def main(argv=None) -> int:
     model, inputs = composition.from_files(args.model, args.bank, args.configurations, args.number)
     if args.recalibrate:
         recalibration.from_args(args, model, runtime.setup(args.device, args.seed, args.threads), inputs)
-    return training.finetune_model("model-level_finetuning.py", args, model, inputs)
+    teacher = models.load(args.model) if args.distillation else None
+    return training.finetune_model("model-level_finetuning.py", args, model, inputs, teacher)
 
 
 if __name__ == "__main__":

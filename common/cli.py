@@ -247,6 +247,19 @@ def add_regularization(p: argparse.ArgumentParser) -> None:
                         "give what the original was trained with; validation losses are without")
 
 
+def share(text: str) -> float:
+    """Parse a share in [0, 1]."""
+    return _number(text, "a share in [0, 1]", float, lambda x: 0 <= x <= 1)
+
+
+def add_distillation(p, default: float) -> None:
+    """Add --distillation."""
+    p.add_argument("--distillation", type=share, default=default, metavar="SHARE",
+                   help="of the training loss, the share that is the divergence from the original's distributions; the "
+                        "rest is the translation loss; more keeps translations good, less lowers the loss; validation "
+                        "losses are without")
+
+
 def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:
     """Add the flags of the one training loop, the same for the three fine-tuning stages."""
     p.add_argument("--stats", type=Path, default=Path(stats), metavar="CSV",

@@ -5,14 +5,13 @@ import random
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import kl_div, log_softmax
 
 from common.bank import Bank, Variant
 from common.configs import Configuration, required_variants
 from common.data import Batches
 from common.files import UserError
 from common.reconstruction import run_stacks, valid_tokens
-from common.training import TranslationLoss, network_inputs
+from common.training import network_inputs, predict, token_loss
 
 VALIDATION_MIXTURES = 4
 
@@ -121,15 +120,16 @@ class JointTranslation(BankWeights):
     (which checkpoints keep). In evaluation mode the loss is the mean over a fixed set of configurations: up to four,
     spread over those given, or mixtures drawn by ``seed``. No dropout.
 
-    What is minimised in training is, with ``distill``, the Kullback-Leibler divergence of the composed model's
-    distribution of every target token from the original's (Hinton et al. 2015, "Distilling the Knowledge in a Neural
-    Network", section 2, at temperature 1), else the translation loss. The latter falls faster, but forgets what the
-    original was trained with (label smoothing, dropout, more text), and translations get worse.
+    In training the loss is that of `common.training.TranslationLoss` with the original as the teacher: without it, the
+    composed models forget what the original was trained with, and their translations get worse as the loss falls.
     """
 
     def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0,
-                 distill: bool = True):
+                 share: float = 0.5):
         """Draw from those of ``configurations`` that prune something if given, else from all mixtures of variants.
+
+        Args:
+            share: of distillation in the loss.
 
         Raises:
             UserError: none of them does.
@@ -151,7 +151,7 @@ class JointTranslation(BankWeights):
         spread = {len(self.choices) * (2 * i + 1) // (2 * VALIDATION_MIXTURES) for i in range(VALIDATION_MIXTURES)}
         self.fixed = [self.choices[i] for i in sorted(spread) if self.choices] or [
             [draw.choice(variants) for variants in self.blocks.values()] for _ in range(VALIDATION_MIXTURES)]
-        self.loss, self.distill = [TranslationLoss(network)], distill
+        self.share = share
 
     def masked(self, i: int) -> dict[str, torch.Tensor]:
         """Return variant ``i``'s corrected weights by name, exactly zero outside the masks."""
@@ -167,21 +167,15 @@ class JointTranslation(BankWeights):
 
     def composed(self, chosen: list[int], batch):
         """Return (loss sum, tokens) of the original with the chosen variants in place."""
-        weights = {f"network.{name}": w for i in chosen for name, w in self.masked(i).items()}
-        return functional_call(self.loss[0], weights, (batch,))
-
-    def divergence(self, chosen: list[int], batch):
-        """Return (sum, tokens) of KL(original ‖ original with the chosen variants in place) over target tokens."""
-        network, valid = self._network[0], batch["labels"] >= 0
+        network = self._network[0]
         inputs = network_inputs(batch, network.config)
         weights = {name: w for i in chosen for name, w in self.masked(i).items()}
-        with torch.no_grad():
-            aim = log_softmax(network(**inputs).logits[valid], dim=-1)
-        found = log_softmax(functional_call(network, weights, (), inputs).logits[valid], dim=-1)
-        return kl_div(found, aim, reduction="sum", log_target=True), valid.sum()
+        logits = functional_call(network, weights, (), inputs).logits
+        aims = predict(network, inputs) if self.training and self.share else None
+        return token_loss(logits, batch["labels"], aims=aims, share=self.share)
 
     def forward(self, batch):
         if self.training:
-            return (self.divergence if self.distill else self.composed)(self.draw(), batch)
+            return self.composed(self.draw(), batch)
         losses = [self.composed(chosen, batch) for chosen in self.fixed]
         return sum(loss for loss, _ in losses) / len(losses), losses[0][1]

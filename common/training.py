@@ -66,21 +66,53 @@ class FitResult:
 class TranslationLoss(nn.Module):
     """Cross-entropy of a T5 on a batch: ``forward`` returns (sum over target tokens, number of tokens).
 
-    Label smoothing (Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", section 7) is
-    for training mode alone: what is evaluated is always the plain cross-entropy.
+    Two things are for training mode alone; what is evaluated is always the plain cross-entropy. Label smoothing
+    (Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", section 7). Distillation (Hinton
+    et al. 2015, "Distilling the Knowledge in a Neural Network", section 2, at temperature 1): with a share α, the loss
+    is (1 − α) times the cross-entropy plus α times the Kullback-Leibler divergence from the teacher's distribution of
+    each target token, given the tokens before it. So what the teacher learned with label smoothing, dropout or more
+    text is not forgotten.
     """
 
-    def __init__(self, network, label_smoothing: float = 0.0):
+    def __init__(self, network, label_smoothing: float = 0.0, teacher=None, share: float = 0.0):
         super().__init__()
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.share = label_smoothing, share
         self.network = network
+        self.teacher = [teacher]  # in a list: not a submodule, not trained, not saved
         self.training = network.training  # else `evaluate` would leave a network that was evaluated in training mode
 
     def forward(self, batch):
-        labels, out = batch["labels"], self.network(**network_inputs(batch, self.network.config))
-        loss = nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten(), reduction="sum",
-                                           label_smoothing=self.label_smoothing if self.training else 0.0)
-        return loss, (labels >= 0).sum()
+        inputs = network_inputs(batch, self.network.config)
+        logits = self.network(**inputs).logits
+        if not self.training:
+            return token_loss(logits, batch["labels"])
+        aims = predict(self.teacher[0], inputs) if self.share else None
+        return token_loss(logits, batch["labels"], self.label_smoothing, aims, self.share)
+
+
+def token_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0,
+               aims: torch.Tensor | None = None, share: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (loss, summed over target tokens, number of them); see `TranslationLoss`.
+
+    Args:
+        logits: (batch, tgt_len, vocabulary).
+        labels: (batch, tgt_len), negative where they do not count.
+        aims: the teacher's logits, shaped as ``logits``.
+        share: the divergence's, of the loss.
+    """
+    valid = labels >= 0
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum",
+                                       label_smoothing=label_smoothing)
+    if aims is not None:
+        found, aim = (nn.functional.log_softmax(x[valid], dim=-1) for x in (logits, aims))
+        loss = (1 - share) * loss + share * nn.functional.kl_div(found, aim, reduction="sum", log_target=True)
+    return loss, valid.sum()
+
+
+@torch.no_grad()
+def predict(network, inputs: dict) -> torch.Tensor:
+    """Return a network's logits for what `network_inputs` names."""
+    return network(**inputs).logits
 
 
 def network_inputs(batch, config) -> dict[str, torch.Tensor]:
@@ -381,12 +413,13 @@ def set_dropout(network, probability: float) -> None:
             module.dropout = probability
 
 
-def finetune_model(stage: str, args, model, inputs: dict) -> int:
+def finetune_model(stage: str, args, model, inputs: dict, teacher=None) -> int:
     """Train a complete model as the flags say and write it; what baseline and model level share.
 
     Args:
         stage: the script's name, for the provenance.
         model: a `common.models.Model`; its masks stay in force. Mutated.
+        teacher: the model to distil from, if the flags say so.
         inputs: what it was made from, for the provenance and for --resume; the text is added. Mutated.
     """
     device = runtime.setup(args.device, args.seed, args.threads)
@@ -394,7 +427,10 @@ def finetune_model(stage: str, args, model, inputs: dict) -> int:
         train, valid = load_batches(args, model)
         inputs |= {"training text": text_input(args, train), "validation text": text_input(args, valid)}
         options = FitOptions.from_args(args)
-        objective = TranslationLoss(models.place(model.network, device), args.label_smoothing)
+        if teacher:
+            models.place(teacher.network, device).eval().requires_grad_(False)
+        objective = TranslationLoss(models.place(model.network, device), args.label_smoothing,
+                                    teacher and teacher.network, args.distillation)
         if args.dropout is not None:
             set_dropout(model.network, args.dropout)
         masking.enforce(model.network, model.masks)

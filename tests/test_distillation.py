@@ -22,7 +22,7 @@ def test_the_joint_loss_of_a_configuration_is_that_of_the_composed_model(made, t
 
 
 def test_corrections_get_the_gradient_that_the_composed_model_has_inside_its_masks(made, text):
-    joint = JointTranslation(origin_network(made), bank.load(made / "tuned.npy"), "cpu")
+    joint = JointTranslation(origin_network(made), bank.load(made / "tuned.npy"), "cpu", share=0)
     chosen, batch = joint.draw(), text[0].collate(text[0].dataset.examples[:8])
     joint.composed(chosen, batch)[0].backward()
     model = models.load(made / "origin.pth")
@@ -108,8 +108,8 @@ def test_joint_tuning_lowers_the_loss_of_every_configuration(made, text, tmp_pat
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["-c", "conf.json"], "-c and --joint-loss say how --solver joint trains"),
-    (["--solver", "adamw", "--joint-loss", "translation"], "-c and --joint-loss say how --solver joint trains"),
+    (["-c", "conf.json"], "-c and --distillation say how --solver joint trains"),
+    (["--solver", "adamw", "--distillation", 0.1], "-c and --distillation say how --solver joint trains"),
     (["--resume"], "the exact solver keeps no checkpoint"),
     (["--attention-error", 0.1], "give their number"),
     (["--solver", "adamw", "--attention-steps", 5], "belong to --solver exact, not adamw"),
