@@ -2,10 +2,11 @@
 """Measure what composing saves: N pruned models, each fine-tuned on its own, or composed out of one tuned bank.
 
 Drives the stages as a user would. Baseline arm: masked model -> baseline_finetuning.py. Composed arm: block level
-once -> model-level_finetuning.py --recalibrate. Same masks, optimizer, data order, validation text and interval; the
-learning rate is chosen for each arm out of one grid on a configuration that is not among the N. Every run ends when
-the validation loss is within --target of the dense model's, or after one epoch; those of the first seed are also
-trained and scored for the whole epoch. Resumable: what is there is not made again. Writes
+once -> model-level_finetuning.py --recalibrate. Joint arm: as composed, with joint tuning of the bank between the two.
+Same masks, optimizer, data order, validation text and interval; the learning rate is chosen for baseline and composed
+arm out of one grid on a configuration that is not among the N (the joint arm has the composed one's). Every run ends
+when the validation loss is within --target of the dense model's, or after one epoch; those of the first seed, baseline
+and joint arm, are also trained and scored for the whole epoch. Resumable: what is there is not made again. Writes
 experiment.json (every run's loss curve), experiment.csv (a row for each configuration and arm) and the figures into
 --results.
 
@@ -26,9 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 TARGETS = (0.10, 0.05, 0.03, 0.01)  # validation loss above the dense model's, as a fraction
 GRID = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
-ARMS = ("baseline", "composed")
+ARMS = ("baseline", "composed", "joint")
+LONG_ARMS = ("baseline", "joint")  # those that are also trained for the whole epoch
 SETTINGS = ("jobs", "threads", "criterion", "attention_steps", "calibration_sentences", "eval_every",
-            "max_train_sentences", "configurations", "target", "dropout", "label_smoothing")
+            "max_train_sentences", "configurations", "target", "dropout", "label_smoothing", "distillation", "joint_sentences",
+            "joint_configurations")
 
 
 class Experiment:
@@ -59,19 +62,35 @@ class Experiment:
         """Return the flags of a folder's seed; that of the learning rates has 0."""
         return ["--seed", folder.name.removeprefix("seed") if folder.name != "lr" else "0"]
 
-    def bank(self, folder: Path, *configurations) -> Path:
-        """Make configurations, scheme, pruned and tuned bank in a folder; return the folder."""
+    def prune(self, folder: Path, *configurations) -> Path:
+        """Make configurations, scheme and pruned bank in a folder; return the folder."""
         folder.mkdir(exist_ok=True)
-        model, conf, scheme, pruned, tuned = self.args.model, *(folder / n for n in (
-            "conf.json", "scheme.json", "pruned.npy", "tuned.npy"))
+        model, conf, scheme, pruned = self.args.model, *(folder / n for n in ("conf.json", "scheme.json", "pruned.npy"))
         seed = self.seed(folder)
         self.stage(conf, "config_generator", "-m", model, "-o", conf, *seed, *configurations)
         self.stage(scheme, "prune_scheme_generator", "-i", conf, "-o", scheme)
         self.stage(pruned, "prune", "-m", model, "-c", scheme, "-o", pruned, "--criterion", self.args.criterion,
                    *seed, *self.text)
-        self.stage(tuned, "block-level_finetuning", "-m", model, "-p", pruned, "-o", tuned, "--stats",
-                   folder / "block.csv", *seed, *self.text, *self.block)
         return folder
+
+    def tune(self, folder: Path) -> None:
+        """Tune a folder's bank at block level."""
+        output = folder / "tuned.npy"
+        self.stage(output, "block-level_finetuning", "-m", self.args.model, "-p", folder / "pruned.npy", "-o", output,
+                   "--stats", folder / "block.csv", *self.seed(folder), *self.text, *self.block)
+
+    def tune_jointly(self, folder: Path) -> None:
+        """Tune a folder's bank at block level, then in compositions of its harshest uniform configurations."""
+        self.tune(folder)
+        harsh, uniform = folder / "harsh.json", (self.args.configurations + 1) // 2
+        if not harsh.exists():
+            every = json.loads((folder / "conf.json").read_text(encoding="utf-8"))
+            harsh.write_text(json.dumps(every[:uniform][-self.args.joint_configurations:]), encoding="utf-8")
+        output = folder / "joint.npy"
+        self.stage(output, "block-level_finetuning", "-m", self.args.model, "-p", folder / "tuned.npy", "-o", output,
+                   "--stats", folder / "joint.csv", "--solver", "joint", "-c", harsh, "--epochs", 1, "--schedule",
+                   "linear", "--max-train-sentences", self.args.joint_sentences, *self.seed(folder), *self.text,
+                   resume=True)
 
     def train(self, folder: Path, arm: str, n: int, lr: float, target: float | None, tag: str = "") -> dict:
         """Train one configuration in one arm; return its curve and what it cost before the first step."""
@@ -79,16 +98,18 @@ class Experiment:
         stats = output.with_suffix(".csv")
         flags = ["-o", output, "--stats", stats, "--lr", lr, "--epochs", 1, "--eval-every", self.args.eval_every,
                  "--max-train-sentences", self.args.max_train_sentences, "--dropout", self.args.dropout,
-                 "--label-smoothing", self.args.label_smoothing, *self.seed(folder), *self.text]
+                 "--label-smoothing", self.args.label_smoothing, "--distillation", self.args.distillation,
+                 *self.seed(folder), *self.text]
         flags += ["--target-loss", target] if target else []
         chosen = ["-m", self.args.model, "-c", folder / "conf.json", "-n", n]
         if arm == "baseline":
             masked = folder / f"masked_{n}.pth"
             self.stage(masked, "compose_model", *chosen, "-p", folder / "pruned.npy", "-o", masked)
+            flags += ["--teacher", self.args.model] if self.args.distillation else []
             said = self.stage(output, "baseline_finetuning", "-m", masked, *flags, resume=True)
         else:
-            said = self.stage(output, "model-level_finetuning", *chosen, "-p", folder / "tuned.npy", *self.sweep,
-                              *flags, resume=True)
+            bank = folder / ("tuned.npy" if arm == "composed" else "joint.npy")
+            said = self.stage(output, "model-level_finetuning", *chosen, "-p", bank, *self.sweep, *flags, resume=True)
         found = re.search(r"recalibrated on .* in ([\d.]+) s", said)
         with open(stats, newline="") as file:
             rows = [{k: float(row[k]) for k in ("step", "valid_loss", "train_seconds", "valid_seconds")}
@@ -115,29 +136,41 @@ def run(args) -> dict:
     path.write_text(json.dumps(settings), encoding="utf-8")
     dense = e.evaluate(e.out / "scores.json", [args.model])[args.model.stem]
     limit = dense["validation_loss"] * (1 + args.target)
-    lr_folder = e.bank(e.out / "lr", "--attention", 0.375, "--linear", 0.65)
+    lr_folder = e.prune(e.out / "lr", "--attention", 0.375, "--linear", 0.65)
     with ThreadPoolExecutor(args.jobs) as pool:
-        grid = list(pool.map(lambda job: e.train(lr_folder, job[0], 0, job[1], None, f"_{job[1]:g}"),
-                             [(arm, lr) for lr in GRID for arm in ARMS]))
+
+        def beside(tune, folder, jobs, train) -> list:
+            """Tune a bank beside the baseline's trainings, so that both are timed alike; then train the others."""
+            bank = pool.submit(tune, folder)
+            runs = pool.map(train, [job for job in jobs if job[0] == "baseline"])
+            bank.result()
+            return [*runs, *pool.map(train, [job for job in jobs if job[0] != "baseline"])]
+
+        grid = beside(e.tune, lr_folder, [(arm, lr) for lr in GRID for arm in ARMS[:2]],
+                      lambda job: e.train(lr_folder, job[0], 0, job[1], None, f"_{job[1]:g}"))
         # The mean over the curve, for sooner is what counts; the start is the same for all.
         lrs = {arm: min((sum(r["loss"]) / len(r["loss"]), r["lr"]) for r in grid if r["arm"] == arm)[1]
-               for arm in ARMS}
+               for arm in ARMS[:2]}
+        lrs["joint"] = lrs["composed"]
         print("learning rates: " + ", ".join(f"{arm} {lr:g}" for arm, lr in lrs.items()), flush=True)
         result = {"dense": dense, "targets": TARGETS, "grid": grid, "lr": lrs, "seeds": [],
                   "settings": settings}
         uniform = (args.configurations + 1) // 2
         for seed in range(args.seeds):
-            folder = e.bank(e.out / f"seed{seed}", "-n", uniform, "--mixed", args.configurations - uniform)
-            jobs = [(arm, n) for n in range(args.configurations) for arm in ARMS]
-            runs = list(pool.map(lambda job, f=folder: e.train(f, job[0], job[1], lrs[job[0]], limit), jobs))
+            folder = e.prune(e.out / f"seed{seed}", "-n", uniform, "--mixed", args.configurations - uniform)
+            runs = beside(e.tune_jointly, folder, [(arm, n) for n in range(args.configurations) for arm in ARMS],
+                          lambda job, f=folder: e.train(f, job[0], job[1], lrs[job[0]], limit))
             for scores in pool.map(lambda arm, f=folder: e.evaluate(
                     f / f"scores_{arm}.json", [f / f"{arm}_{n}.pth" for n in range(args.configurations)]), ARMS):
                 for r in runs:
                     r |= scores.get(f"{r['arm']}_{r['configuration']}", {})
-            with open(folder / "block.csv", newline="") as file:
-                block = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
+            seconds = {}
+            for name in ("block", "joint"):
+                with open(folder / f"{name}.csv", newline="") as file:
+                    seconds[f"{name}_seconds"] = round(sum(float(row["train_seconds"]) for row in csv.DictReader(file)),
+                                                       2)
             configurations = json.loads((folder / "conf.json").read_text(encoding="utf-8"))
-            result["seeds"].append({"seed": seed, "block_seconds": round(block, 2), "runs": runs, "rates": [
+            result["seeds"].append({"seed": seed, **seconds, "runs": runs, "rates": [
                 [round(sum(v for k, v in c.items() if k.endswith("Attention") == heads) / max(1, sum(
                     k.endswith("Attention") == heads for k in c)), 3) for heads in (True, False)]
                 for c in configurations]})
@@ -149,11 +182,11 @@ def run(args) -> dict:
             return done if min(done["loss"]) > limit else e.train(e.out / "seed0", arm, n, lrs[arm], None, "_long")
 
         curves = [] if args.targets_only else list(pool.map(whole, [
-            (arm, n) for n in range(args.configurations) for arm in ARMS]))
+            (arm, n) for n in range(args.configurations) for arm in LONG_ARMS]))
         models = {arm: [e.out / "seed0" / f"{arm}_{r['configuration']}_long.pth" for r in curves
-                        if r["arm"] == arm and "bleu" not in r] for arm in ARMS}
-        for arm, scores in zip(ARMS, pool.map(lambda arm: e.evaluate(
-                e.out / "seed0" / f"scores_{arm}_long.json", models[arm]) if models[arm] else {}, ARMS), strict=True):
+                        if r["arm"] == arm and "bleu" not in r] for arm in LONG_ARMS}
+        for arm, scores in zip(LONG_ARMS, pool.map(lambda arm: e.evaluate(
+                e.out / "seed0" / f"scores_{arm}_long.json", models[arm]) if models[arm] else {}, LONG_ARMS), strict=True):
             for r in curves:
                 if r["arm"] == arm:
                     r |= scores.get(f"{arm}_{r['configuration']}_long", {})
@@ -181,6 +214,12 @@ def main(argv=None) -> int:
     p.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of both arms; the model's own, 0.1, makes "
                    "their last steps slow (default: 0)")
     p.add_argument("--label-smoothing", type=float, default=0.0, metavar="P", help="of both arms (default: 0)")
+    p.add_argument("--distillation", type=float, default=0.5, metavar="SHARE", help="of all arms' training losses "
+                   "(default: 0.5)")
+    p.add_argument("--joint-sentences", type=int, default=8000, metavar="N", help="pairs that joint tuning sees once "
+                   "(default: 8000)")
+    p.add_argument("--joint-configurations", type=int, default=2, metavar="N", help="joint tuning draws the N harshest "
+                   "uniform ones (default: 2)")
     p.add_argument("--targets-only", action="store_true", help="leave out the runs over the whole epoch")
     p.add_argument("--eval-every", type=int, default=10, metavar="STEPS")
     p.add_argument("--jobs", type=int, default=2, metavar="N", help="trainings at once (default: 2)")
