@@ -5,8 +5,8 @@ Drives the stages as a user would. Baseline arm: masked model -> baseline_finetu
 once -> model-level_finetuning.py --recalibrate. Joint arm: as composed, with joint tuning of the bank between the two.
 Same masks, optimizer, data order, validation text and interval; the learning rate is chosen for baseline and composed
 arm out of one grid on a configuration that is not among the N (the joint arm has the composed one's). Every run ends
-when the validation loss is within --target of the dense model's, or after one epoch; those of the first seed, baseline
-and joint arm, are also trained and scored for the whole epoch. Resumable: what is there is not made again. Writes
+when the validation loss is within --target of the dense model's, or after one epoch; baseline and joint arm of the
+first seed's uniform configurations are also trained and scored for the whole epoch. Resumable: what is there is not made again. Writes
 experiment.json (every run's loss curve), experiment.csv (a row for each configuration and arm) and the figures into
 --results.
 
@@ -30,8 +30,8 @@ GRID = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 ARMS = ("baseline", "composed", "joint")
 LONG_ARMS = ("baseline", "joint")  # those that are also trained for the whole epoch
 SETTINGS = ("jobs", "threads", "criterion", "attention_steps", "calibration_sentences", "eval_every",
-            "max_train_sentences", "configurations", "target", "dropout", "label_smoothing", "distillation", "joint_sentences",
-            "joint_configurations")
+            "max_train_sentences", "configurations", "target", "dropout", "label_smoothing", "distillation",
+            "joint_sentences", "joint_configurations")
 
 
 class Experiment:
@@ -167,10 +167,10 @@ def run(args) -> dict:
             seconds = {}
             for name in ("block", "joint"):
                 with open(folder / f"{name}.csv", newline="") as file:
-                    seconds[f"{name}_seconds"] = round(sum(float(row["train_seconds"]) for row in csv.DictReader(file)),
-                                                       2)
+                    spent = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
+                seconds[f"{name}_seconds"] = round(spent, 2)
             configurations = json.loads((folder / "conf.json").read_text(encoding="utf-8"))
-            result["seeds"].append({"seed": seed, **seconds, "runs": runs, "rates": [
+            result["seeds"].append({"seed": seed} | seconds | {"runs": runs, "rates": [
                 [round(sum(v for k, v in c.items() if k.endswith("Attention") == heads) / max(1, sum(
                     k.endswith("Attention") == heads for k in c)), 3) for heads in (True, False)]
                 for c in configurations]})
@@ -182,14 +182,13 @@ def run(args) -> dict:
             return done if min(done["loss"]) > limit else e.train(e.out / "seed0", arm, n, lrs[arm], None, "_long")
 
         curves = [] if args.targets_only else list(pool.map(whole, [
-            (arm, n) for n in range(args.configurations) for arm in LONG_ARMS]))
-        models = {arm: [e.out / "seed0" / f"{arm}_{r['configuration']}_long.pth" for r in curves
-                        if r["arm"] == arm and "bleu" not in r] for arm in LONG_ARMS}
-        for arm, scores in zip(LONG_ARMS, pool.map(lambda arm: e.evaluate(
-                e.out / "seed0" / f"scores_{arm}_long.json", models[arm]) if models[arm] else {}, LONG_ARMS), strict=True):
+            (arm, n) for n in range(uniform) for arm in LONG_ARMS]))
+        trained = {arm: [e.out / "seed0" / f"{arm}_{r['configuration']}_long.pth" for r in curves
+                         if r["arm"] == arm and "bleu" not in r] for arm in LONG_ARMS}
+        for scores in pool.map(lambda item: e.evaluate(e.out / "seed0" / f"scores_{item[0]}_long.json", item[1]),
+                               [item for item in trained.items() if item[1]]):
             for r in curves:
-                if r["arm"] == arm:
-                    r |= scores.get(f"{arm}_{r['configuration']}_long", {})
+                r |= scores.get(f"{r['arm']}_{r['configuration']}_long", {})
         result["curves"] = curves
     return result
 

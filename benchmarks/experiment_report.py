@@ -4,8 +4,8 @@ import csv
 import math
 from pathlib import Path
 
-ARMS = ("baseline", "composed")
-COLORS = {"baseline": "tab:gray", "composed": "tab:blue"}
+ARMS = ("baseline", "composed", "joint")
+COLORS = {"baseline": "tab:gray", "composed": "tab:blue", "joint": "tab:orange"}
 NUMBERS = (1, 2, 4, 8, 16, 32, 64, 100)  # of models, for which the speed-up is told
 
 
@@ -23,32 +23,38 @@ def spent(run: dict, limit: float) -> float:
     return found[1] if found else run["seconds"][-1] + run["setup_seconds"]
 
 
-def by_arm(seed: dict) -> dict[str, list[dict]]:
-    """Return a seed's runs by arm, in the order of the configurations."""
-    return {arm: sorted((r for r in seed["runs"] if r["arm"] == arm), key=lambda r: r["configuration"])
-            for arm in ARMS}
+def by_arm(runs: list[dict]) -> dict[str, list[dict]]:
+    """Return runs by arm, in the order of the configurations."""
+    return {arm: sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["configuration"])
+            for arm in ARMS if any(r["arm"] == arm for r in runs)}
 
 
-def pairs(runs: list[dict]) -> list[tuple[dict, dict]]:
-    """Return (baseline, composed) for each configuration."""
-    return list(zip(*by_arm({"runs": runs}).values(), strict=True))
+def pairs(runs: list[dict], arm: str) -> list[tuple[dict, dict]]:
+    """Return (baseline, ``arm``) for each configuration."""
+    found = by_arm(runs)
+    return list(zip(found["baseline"], found[arm], strict=True))
 
 
-def total(seed: dict, limit: float) -> dict:
-    """Return what both arms took for all configurations of a seed together, seconds."""
-    runs = by_arm(seed)
-    baseline, composed = (sum(spent(r, limit) for r in runs[arm]) for arm in ARMS)
-    n = len(runs["baseline"])
-    saved = (baseline - composed) / n
-    return {"n": n, "baseline": baseline, "composed": composed + seed["block_seconds"],
-            "speedup": baseline / (composed + seed["block_seconds"]),
-            "reached": {arm: sum(reached(r, limit) is not None for r in runs[arm]) for arm in ARMS},
-            "untrained": sum((reached(r, limit) or (1,))[0] == 0 for r in runs["composed"]),
-            "slower": sum(spent(c, limit) > spent(b, limit) for b, c in zip(runs["baseline"], runs["composed"],
-                                                                            strict=True) if reached(b, limit)),
-            "bleu": ", ".join(f"{sum(r.get('bleu', math.nan) for r in runs[arm]) / n:.1f}" for arm in ARMS),
-            "at": {k: k * baseline / (k * composed + n * seed["block_seconds"]) for k in NUMBERS},
-            "break_even": seed["block_seconds"] / saved if saved > 0 else None}
+def once(seed: dict, arm: str) -> float:
+    """Return the seconds that an arm takes whatever the number of configurations."""
+    return {"composed": seed["block_seconds"], "joint": seed["block_seconds"] + seed.get("joint_seconds", 0.0)}[arm]
+
+
+def total(seed: dict, limit: float, arm: str) -> dict:
+    """Return what the baseline and ``arm`` took for all configurations of a seed together, seconds."""
+    both, fixed = pairs(seed["runs"], arm), once(seed, arm)
+    baseline, variable = (sum(spent(pair[i], limit) for pair in both) for i in (0, 1))
+    n = len(both)
+    saved = (baseline - variable) / n
+    return {"n": n, "baseline": baseline, "arm": variable + fixed, "once": fixed,
+            "speedup": baseline / (variable + fixed),
+            "reached": ", ".join(str(sum(reached(pair[i], limit) is not None for pair in both)) for i in (0, 1)),
+            "untrained": sum((reached(r, limit) or (1,))[0] == 0 for _, r in both),
+            "slower": sum(spent(r, limit) > spent(b, limit) for b, r in both if reached(b, limit)),
+            "scores": [", ".join(f"{sum(pair[i].get(score, math.nan) for pair in both) / n:.1f}" for i in (0, 1))
+                       for score in ("bleu", "chrf")],
+            "at": {k: k * baseline / (k * variable + n * fixed) for k in NUMBERS},
+            "break_even": fixed / saved if saved > 0 else None}
 
 
 def table(result: dict, path: Path) -> None:
@@ -59,22 +65,23 @@ def table(result: dict, path: Path) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["seed", "configuration", "mean_head_rate", "mean_linear_rate", "sparsity", "arm", "start_loss",
-                         "best_loss", "end_loss", "loss_after_equal_time", "bleu", "chrf", "setup_seconds",
+                         "best_loss", "end_loss", "loss_after_baseline_time", "bleu", "chrf", "setup_seconds",
                          "train_seconds", "steps",
                          *(f"{what}_to_{name}" for name in limits for what in ("steps", "seconds"))])
         sets = [(s["seed"], s["runs"]) for s in result["seeds"]] + [("long", result["curves"])]
         rates = {s["seed"]: s["rates"] for s in result["seeds"]} | {"long": result["seeds"][0]["rates"]}
-        for seed, b, c in [(seed, *pair) for seed, runs in sets for pair in pairs(runs)]:
-            for r, after in zip((b, c), equal_time(b, c), strict=True):
-                times = []
-                for limit in limits.values():
-                    missing = "not trained so far" if min(r["loss"]) <= ends and seed != "long" else "not reached"
-                    times += reached(r, limit) or [missing] * 2
-                losses = [r["loss"][0], min(r["loss"]), r["loss"][-1], after]
-                writer.writerow([seed, r["configuration"], *rates[seed][r["configuration"]],
-                                 round(r["zeros"] / r["parameters"], 4), r["arm"], *(round(x, 4) for x in losses),
-                                 round(r["bleu"], 2), round(r["chrf"], 2), r["setup_seconds"], r["seconds"][-1],
-                                 r["steps"][-1], *times])
+        for seed, runs in sets:
+            for arm in by_arm(runs):
+                for b, r in pairs(runs, arm):
+                    times = []
+                    for limit in limits.values():
+                        missing = "not trained so far" if min(r["loss"]) <= ends and seed != "long" else "not reached"
+                        times += reached(r, limit) or [missing] * 2
+                    losses = [r["loss"][0], min(r["loss"]), r["loss"][-1], equal_time(b, r)[1]]
+                    writer.writerow([seed, r["configuration"], *rates[seed][r["configuration"]],
+                                     round(r["zeros"] / r["parameters"], 4), arm, *(round(x, 4) for x in losses),
+                                     round(r["bleu"], 2), round(r["chrf"], 2), r["setup_seconds"], r["seconds"][-1],
+                                     r["steps"][-1], *times])
 
 
 def equal_time(b: dict, c: dict) -> list[float]:
@@ -90,48 +97,58 @@ def report(result: dict, folder: Path) -> None:
     table(result, folder / "experiment.csv")
     print(f"dense: validation loss {dense:.4f}, BLEU {result['dense']['bleu']:.1f}; learning rates {result['lr']}; "
           f"until {target:.0%} above the dense loss:")
-    print("\n| seed | reached: baseline, composed | baseline s | composed s (block level) | speed-up | for 100 | "
-          "break-even N | no training | composed slower | mean BLEU then |\n|---|---|---|---|---|---|---|---|---|---|")
-    for seed in result["seeds"]:
-        x = total(seed, dense * (1 + target))
+    print("\n| seed | arm | reached: baseline, arm | baseline s | arm s (paid once) | speed-up | for 100 | "
+          "break-even N | no training | slower | mean BLEU then | mean chrF then |\n" + "|---" * 12 + "|")
+    for seed, arm in [(s, arm) for s in result["seeds"] for arm in by_arm(s["runs"]) if arm != "baseline"]:
+        x = total(seed, dense * (1 + target), arm)
         even = "never" if x["break_even"] is None else f"{x['break_even']:.1f}"
-        print(f"| {seed['seed']} | {x['reached']['baseline']}, {x['reached']['composed']} of {x['n']} | "
-              f"{x['baseline']:.0f} | {x['composed']:.0f} ({seed['block_seconds']:.0f}) | {x['speedup']:.2f} | "
-              f"{x['at'][100]:.2f} | {even} | {x['untrained']} | {x['slower']} | {x['bleu']} |")
+        print(f"| {seed['seed']} | {arm} | {x['reached']} of {x['n']} | {x['baseline']:.0f} | {x['arm']:.0f} "
+              f"({x['once']:.0f}) | {x['speedup']:.2f} | {x['at'][100]:.2f} | {even} | {x['untrained']} | "
+              f"{x['slower']} | {' | '.join(x['scores'])} |")
     first = result["seeds"][0]
-    print("\n| configuration | heads, linear | zeros | start: masked, composed | seconds: baseline, composed | "
-          "steps | BLEU then |\n|---|---|---|---|---|---|---|")
-    for b, c in pairs(first["runs"]):
-        found = [reached(r, dense * (1 + target)) for r in (b, c)]
-        steps, seconds = (", ".join(format(x[i], f".{i}f") if x else "–" for x in found) for i in (0, 1))
-        heads, linear = first["rates"][b["configuration"]]
-        print(f"| {b['configuration']} | {heads:.2f}, {linear:.2f} | {b['zeros'] / b['parameters']:.1%} | "
-              f"{b['loss'][0]:.3f}, {c['loss'][0]:.3f} | {seconds} | {steps} | {b['bleu']:.1f}, {c['bleu']:.1f} |")
+    found = by_arm(first["runs"])
+    names = ", ".join(found)
+    print(f"\n| configuration | heads, linear | zeros | start: {names} | seconds | steps | BLEU then |\n" + "|---" * 7
+          + "|")
+    for runs in zip(*found.values(), strict=True):
+        there = [reached(r, dense * (1 + target)) for r in runs]
+        steps, seconds = (", ".join(format(x[i], f".{i}f") if x else "–" for x in there) for i in (0, 1))
+        r = runs[0]
+        heads, linear = first["rates"][r["configuration"]]
+        starts, bleu = ", ".join(f"{r['loss'][0]:.3f}" for r in runs), ", ".join(f"{r['bleu']:.1f}" for r in runs)
+        print(f"| {r['configuration']} | {heads:.2f}, {linear:.2f} | {r['zeros'] / r['parameters']:.1%} | {starts} | "
+              f"{seconds} | {steps} | {bleu} |")
     draw_targets(result, folder)
-    if not result["curves"]:
-        return
-    print("\nTrained for the whole epoch, seed 0; seconds (baseline, composed):\n\n| configuration | "
+    if result["curves"]:
+        report_curves(result)
+        draw_curves(result, folder)
+
+
+def report_curves(result: dict) -> None:
+    """Print the tables of the runs over the whole epoch."""
+    dense, first = result["dense"]["validation_loss"], result["seeds"][0]
+    arm = next(arm for arm in by_arm(result["curves"]) if arm != "baseline")
+    print(f"\nTrained for the whole epoch, seed 0; seconds (baseline, {arm}):\n\n| configuration | "
           + " | ".join(f"to {t:.0%}" for t in result["targets"])
           + " | loss after equal time | best loss | BLEU of the best |\n"
           + "|---" * (len(result["targets"]) + 4) + "|")
-    for b, c in pairs(result["curves"]):
+    both = pairs(result["curves"], arm)
+    for b, c in both:
         times = [", ".join(f"{x[1]:.1f}" if (x := reached(r, dense * (1 + t))) else "–" for r in (b, c))
                  for t in result["targets"]]
         after = equal_time(b, c)
         print(f"| {b['configuration']} | {' | '.join(times)} | {after[0]:.3f}, {after[1]:.3f} | {min(b['loss']):.3f}, "
               f"{min(c['loss']):.3f} | {b['bleu']:.1f}, {c['bleu']:.1f} |")
-    print("\nTogether, those that the composed arm got there; in brackets for all:\n\n| target | reached: baseline, "
-          "composed | baseline s | composed s, block level included | speed-up |\n|---|---|---|---|---|")
+    print(f"\nTogether, those that the {arm} arm got there; in brackets for all:\n\n| target | reached: baseline, "
+          f"{arm} | baseline s | {arm} s, all that is paid once included | speed-up |\n|---|---|---|---|---|")
     for t in result["targets"]:
-        every = total({"runs": result["curves"], "block_seconds": first["block_seconds"]}, dense * (1 + t))
-        there = [r["configuration"] for r in result["curves"] if r["arm"] == "composed" and reached(r, dense * (1 + t))]
-        some = total({"runs": [r for r in result["curves"] if r["configuration"] in there],
-                      "block_seconds": first["block_seconds"]}, dense * (1 + t)) if there else None
+        limit = dense * (1 + t)
+        every = total(first | {"runs": result["curves"]}, limit, arm)
+        there = [r for pair in both if reached(pair[1], limit) for r in pair]
+        some = total(first | {"runs": there}, limit, arm) if there else None
         cells = [(f"{some[k]:.{d}f}" if some else "–") + f" ({every[k]:.{d}f})"
-                 for k, d in (("baseline", 0), ("composed", 0), ("speedup", 2))]
-        print(f"| {t:.0%} | {every['reached']['baseline']}, {every['reached']['composed']} of {every['n']} | "
-              f"{' | '.join(cells)} |")
-    draw_curves(result, folder)
+                 for k, d in (("baseline", 0), ("arm", 0), ("speedup", 2))]
+        print(f"| {t:.0%} | {every['reached']} of {every['n']} | {' | '.join(cells)} |")
 
 
 def draw_curves(result: dict, folder: Path) -> None:
@@ -143,7 +160,8 @@ def draw_curves(result: dict, folder: Path) -> None:
 
     dense, first = result["dense"], result["seeds"][0]
     uniform = (result["settings"]["configurations"] + 1) // 2
-    drawn = [pairs(result["curves"])[n] for n in sorted({0, uniform // 2, uniform - 1})]
+    arm = next(arm for arm in by_arm(result["curves"]) if arm != "baseline")
+    drawn = [pairs(result["curves"], arm)[n] for n in sorted({0, uniform // 2, uniform - 1})]
     figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 3.8), layout="constrained", squeeze=False)
     axes = axes[0]
     for axis, pair, name in zip(axes, drawn, ("mild", "middle", "harsh"), strict=False):
@@ -172,19 +190,21 @@ def draw_targets(result: dict, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    dense, runs = result["dense"], by_arm(result["seeds"][0])
+    dense, runs = result["dense"], by_arm(result["seeds"][0]["runs"])
     limit = dense["validation_loss"] * (1 + result["settings"]["target"])
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for seed in result["seeds"]:
-        axes[0].plot(*zip(*total(seed, limit)["at"].items(), strict=True), marker="o", markersize=3,
-                     label=f"seed {seed['seed']}")
+        for arm in by_arm(seed["runs"]):
+            if arm != "baseline":
+                axes[0].plot(*zip(*total(seed, limit, arm)["at"].items(), strict=True), marker="o", markersize=3,
+                             color=COLORS[arm], label=arm if seed is result["seeds"][0] else None)
     axes[0].axhline(1, color="black", linewidth=0.8)
     axes[0].set_xscale("log")
     axes[0].set_xlabel("pruned models N (mean cost of a configuration)")
-    axes[0].set_ylabel(f"speed-up to {result['settings']['target']:.0%} above the dense loss")
+    axes[0].set_ylabel(f"speed-up (a line for each seed) to {result['settings']['target']:.0%} above the dense loss")
     axes[0].set_ylim(bottom=0)
     axes[0].legend()
-    for arm in ARMS:
+    for arm in runs:
         axes[1].scatter([r["zeros"] / r["parameters"] for r in runs[arm]], [r["bleu"] for r in runs[arm]], s=18,
                         color=COLORS[arm], label=arm)
     axes[1].axhline(dense["bleu"], color="black", linewidth=0.8, linestyle=":", label="dense")

@@ -245,6 +245,58 @@ def test_label_smoothing_spreads_probability_in_training_alone(made, text):
     assert torch.allclose(smoothed.train()(batch)[0], by_hand, rtol=1e-5)
 
 
+def test_distillation_is_a_share_of_the_divergence_in_training_alone(made, text):
+    student, teacher = (models.load(made / name).network.eval() for name in ("pruned.pth", "origin.pth"))
+    training.set_dropout(student, 0.0)
+    batch = text[0].collate(text[0].dataset.examples[:5])
+    inputs, valid = training.network_inputs(batch, student.config), batch["labels"] >= 0
+    mine, theirs = (torch.log_softmax(network(**inputs).logits[valid], -1) for network in (student, teacher))
+    divergence = (theirs.exp() * (theirs - mine)).sum()
+    plain = -mine[torch.arange(len(mine)), batch["labels"][valid]].sum()
+    for share in (0.0, 0.25, 1.0):
+        objective = TranslationLoss(student, teacher=teacher, share=share)
+        assert torch.allclose(objective.eval()(batch)[0], plain, rtol=1e-5)
+        loss, tokens = objective.train()(batch)
+        assert torch.allclose(loss, (1 - share) * plain + share * divergence, rtol=1e-5)
+        assert tokens == valid.sum()
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not any("teacher" in name for name, _ in objective.named_parameters())
+
+
+def test_both_stages_distil(work, stage):
+    text = ["--data-dir", work / "text", "--epochs", 1, "--dropout", 0, "--lr", 0.01]
+    base = ["baseline_finetuning", "-m", work / "pruned.pth", *text]
+    composed = ["model-level_finetuning", "-m", work / "origin.pth", "-p", work / "tuned.npy", "-c", work / "conf.json",
+                *text]
+    for n, (command, teacher) in enumerate(((base, ["--teacher", work / "origin.pth"]), (composed, []))):
+        ends = []
+        for name, flags in (("plain", []), ("taught", [*teacher, "--distillation", 0.5])):
+            output = work / f"{name}{n}.pth"
+            done = stage(*command, "-o", output, "--stats", output.with_suffix(".csv"), *flags)
+            assert done.code == 0, done.err
+            ends.append(output.with_suffix(".csv").read_text().splitlines()[-1].split(",")[1:3])
+        assert ends[0] != ends[1]
+    origin = models.load(work / "origin.pth").identity
+    assert models.load(work / "taught0.pth").provenance["inputs"]["teacher"]["sha256"] == origin
+
+
+@pytest.mark.parametrize("flags", [["--teacher", "origin.pth"], ["--distillation", 0.5]])
+def test_a_teacher_without_its_share_is_refused(work, stage, flags):
+    flags = [work / flag if flag == "origin.pth" else flag for flag in flags]
+    result = stage("baseline_finetuning", "-m", work / "pruned.pth", "-o", work / "b.pth", *flags)
+    assert result.code == 2 and "--teacher and --distillation belong together" in result.err
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(work, stage):
+    other = models.load(work / "origin.pth")
+    other.tokenizer_json = other.tokenizer_json.replace('"version":"1.0"', '"version": "1.0"')
+    models.save(work / "other.pth", other)
+    result = stage("baseline_finetuning", "-m", work / "pruned.pth", "-o", work / "b.pth", "--teacher",
+                   work / "other.pth", "--distillation", 0.5, "--data-dir", work / "text")
+    assert result.code == 2 and "other.pth: has another vocabulary than" in result.err
+
+
 def test_the_stage_trains_with_the_dropout_asked_for(work, stage):
     ends = {}
     for name, flags in (("own", ()), ("same", ("--dropout", 0.1)), ("none", ("--dropout", 0))):
