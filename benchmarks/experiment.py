@@ -6,9 +6,9 @@ once -> model-level_finetuning.py --recalibrate. Joint arm: as composed, with jo
 Same masks, optimizer, data order, validation text and interval; the learning rate is chosen for baseline and composed
 arm out of one grid on a configuration that is not among the N (the joint arm has the composed one's). Every run ends
 when the validation loss is within --target of the dense model's, or after one epoch; baseline and joint arm of the
-first seed's uniform configurations are also trained and scored for the whole epoch. Resumable: what is there is not made again. Writes
-experiment.json (every run's loss curve), experiment.csv (a row for each configuration and arm) and the figures into
---results.
+first seed's uniform configurations are also trained and scored for the whole epoch. Resumable: what is there is not
+made again. Writes experiment.json (every run's loss curve), experiment.csv (a row for each configuration and arm) and
+the figures into --results.
 
     python benchmarks/experiment.py --model origin_model.pth --data-dir data/multi30k --out out/experiment
 """

@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch.nn import functional as F
 
 from common import bank, composition, configs, data, distillation, masking, models, recalibration, runtime, training
 from common.reconstruction import gather
@@ -156,20 +155,15 @@ class Bench:
 
     def objective(self, network, batch, kind: str):
         """Return the loss of a kind (see `steps`) on a batch, where ``network`` is called as T5 is."""
-        labels, valid = batch["labels"], batch["labels"] >= 0
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"],
-                  "decoder_input_ids": training.shift_right(labels, self.original.config),
-                  "output_hidden_states": kind == "states"}
+        labels, share = batch["labels"], {"ce": 0.0, "both": 0.5}.get(kind, 1.0)
+        inputs = training.network_inputs(batch, self.original.config) | {"output_hidden_states": kind == "states"}
         out = network(**inputs)
-        logs = F.log_softmax(out.logits[valid], -1)
-        loss = F.nll_loss(logs, labels[valid]) if kind in ("ce", "both") else 0.0
-        if kind != "ce":
-            with torch.no_grad():
-                dense = self.original(**inputs)
-            loss = loss + F.kl_div(logs, F.log_softmax(dense.logits[valid], -1), log_target=True,
-                                   reduction="batchmean")
+        with torch.no_grad():
+            dense = self.original(**inputs) if share else None
+        loss, tokens = training.token_loss(out.logits, labels, aims=dense and dense.logits, share=share)
+        loss = loss / tokens
         if kind == "states":
-            for part, rows in (("decoder", valid), ("encoder", batch["attention_mask"].bool())):
+            for part, rows in (("decoder", labels >= 0), ("encoder", batch["attention_mask"].bool())):
                 for mine, theirs in zip(out[f"{part}_hidden_states"], dense[f"{part}_hidden_states"], strict=True):
                     loss = loss + (mine - theirs)[rows].square().mean() / theirs[rows].square().mean()
         return loss
@@ -177,14 +171,20 @@ class Bench:
     def joint(self, kind: str) -> dict:
         """Tune the bank in random compositions; return the losses of five configurations before, midway and after.
 
+        The learning rate falls linearly. In all kinds but the first, all variants of a block share a correction.
+
         Args:
-            kind: one of `steps`, ``two`` (compositions a step), ``shared`` (what no configuration prunes is trained,
-                too).
+            kind: one of `steps`, or ``both`` with a change: ``own`` (each variant's own weights are trained), ``two``
+                (compositions a step), ``shared`` (what no configuration prunes is trained, too), ``harsh`` (draws the
+                configuration trained in `steps`, and the one before it).
         """
         torch.manual_seed(0)
-        original = models.place(models.load(self.args.model).network, "cpu")
-        tuned = distillation.JointTranslation(original, self.bank, "cpu")
-        trained = list(tuned.weights)
+        original, n = models.place(models.load(self.args.model).network, "cpu"), self.args.number
+        tuned = distillation.JointTranslation(original, self.bank, "cpu",
+                                              self.configurations[n - 1:n + 1] if kind == "harsh" else None)
+        tuned.weights.requires_grad_(kind == "own")
+        tuned.corrections.requires_grad_(kind != "own")
+        trained = list(tuned.weights if kind == "own" else tuned.corrections)
         if kind == "shared":
             pruned = {name for v in tuned.variants for name in v.weights}
             more = [p for name, p in original.named_parameters() if name not in pruned]
@@ -208,12 +208,14 @@ class Bench:
         for n, examples in enumerate(self.train.epoch(0)[:self.args.joint_steps]):
             began = time.perf_counter()
             tuned.train()
+            for group in optimizer.param_groups:
+                group["lr"] = JOINT_LR * (1 - n / self.args.joint_steps)
             batch = self.train.collate(examples)
             loss = 0.0
             for _ in range(2 if kind == "two" else 1):
                 weights = {name: w for i in tuned.draw() for name, w in tuned.masked(i).items()}
-                distilled = kind if kind in ("kl", "both", "states") else "ce"
-                loss = loss + self.objective(composition_of(weights), batch, distilled)
+                loss = loss + self.objective(composition_of(weights), batch,
+                                             kind if kind in ("ce", "kl", "states") else "both")
             loss = loss / (2 if kind == "two" else 1)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -252,7 +254,7 @@ def main(argv=None) -> int:
             "Adam in fixed eigenbases": lambda: b.steps(lambda n: Curvature(n, b.factors, "eigenbasis", LR)),
             "K-FAC": lambda: b.steps(lambda n: Curvature(n, b.factors, "kfac", LR / 2))}
     ways |= {f"joint, {kind}": lambda kind=kind: b.joint(kind) for kind in (
-        "ce", "kl", "both", "states", "two", "shared")}
+        "ce", "both", "kl", "states", "own", "two", "shared", "harsh")}
     result = {"start": {m or "composed": b.loss(b.compose(args.number, m).network) for m in (None, "output", "loss")}}
     print(f"configuration {args.number}: {result['start']}", flush=True)
     path = args.results / (f"levers_{args.only}.json" if args.only else "levers.json")
