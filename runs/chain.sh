@@ -3,7 +3,7 @@
 # config_generator.py), train (array of flags for both arms). A file that is there is not made again, so a run that
 # was stopped goes on where it was.
 # CRITERION (default l1) is that of prune.py; RECALIBRATE=1 recalibrates what is composed out of the tuned bank; BLOCK
-# are more flags of block-level_finetuning.py.
+# are more flags of block-level_finetuning.py; DISTILLATION=0.5 trains both arms with the dense model as the teacher.
 
 make() { # make FILE COMMAND…: run the command unless its output is there
     local file=$1
@@ -17,6 +17,12 @@ make() { # make FILE COMMAND…: run the command unless its output is there
 sweep=()
 if [ -n "${RECALIBRATE:-}" ]; then
     sweep=(--recalibrate --metric loss)
+fi
+distil=()
+teacher=()
+if [ -n "${DISTILLATION:-}" ]; then
+    distil=(--distillation "$DISTILLATION")
+    teacher=(--teacher "$origin")
 fi
 make "$out/conf.json" config_generator.py -m "$origin" -o "$out/conf.json" "${rates[@]}"
 make "$out/conf_prune.json" prune_scheme_generator.py -i "$out/conf.json" -o "$out/conf_prune.json"
@@ -33,9 +39,11 @@ for ((n = 0; n < configurations; n++)); do
     make "$out/composed_$n.pth" compose_model.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
         -o "$out/composed_$n.pth" "${sweep[@]}" "${data[@]}"
     make "$out/finetuned_$n.pth" model-level_finetuning.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
-        -o "$out/finetuned_$n.pth" --stats "$out/finetuned_$n.csv" --resume --overwrite "${sweep[@]}" "${data[@]}" "${train[@]}"
+        -o "$out/finetuned_$n.pth" --stats "$out/finetuned_$n.csv" --resume --overwrite "${sweep[@]}" "${data[@]}" "${train[@]}" \
+        "${distil[@]}"
     make "$out/baseline_$n.pth" baseline_finetuning.py -m "$out/pruned_$n.pth" \
-        -o "$out/baseline_$n.pth" --stats "$out/baseline_$n.csv" --resume --overwrite "${data[@]}" "${train[@]}"
+        -o "$out/baseline_$n.pth" --stats "$out/baseline_$n.csv" --resume --overwrite "${data[@]}" "${train[@]}" \
+        "${distil[@]}" "${teacher[@]}"
     make "$out/loss_$n.png" plot_loss.py "$out/finetuned_$n.csv" "$out/baseline_$n.csv" -x seconds \
         --label composed baseline --title "configuration $n" -o "$out/loss_$n.png"
     models+=("$out/pruned_$n.pth" "$out/composed_$n.pth" "$out/finetuned_$n.pth" "$out/baseline_$n.pth")
