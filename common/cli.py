@@ -255,9 +255,9 @@ def share(text: str) -> float:
 def add_distillation(p, default: float) -> None:
     """Add --distillation."""
     p.add_argument("--distillation", type=share, default=default, metavar="SHARE",
-                   help="of the training loss, the share that is the divergence from the original's distributions; the "
-                        "rest is the translation loss; more keeps translations good, less lowers the loss; validation "
-                        "losses are without")
+                   help="share of each target token's probability that follows the original's distribution while "
+                        "training, the rest being the text's token; 0.5 keeps translations good, at about half of the "
+                        "time again; validation losses are without")
 
 
 def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:

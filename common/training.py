@@ -68,10 +68,9 @@ class TranslationLoss(nn.Module):
 
     Two things are for training mode alone; what is evaluated is always the plain cross-entropy. Label smoothing
     (Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision", section 7). Distillation (Hinton
-    et al. 2015, "Distilling the Knowledge in a Neural Network", section 2, at temperature 1): with a share α, the loss
-    is (1 − α) times the cross-entropy plus α times the Kullback-Leibler divergence from the teacher's distribution of
-    each target token, given the tokens before it. So what the teacher learned with label smoothing, dropout or more
-    text is not forgotten.
+    et al. 2015, "Distilling the Knowledge in a Neural Network", section 2, at temperature 1): with a share α, a token's
+    target is not the reference's token alone, but 1 − α of that and α of the teacher's distribution, given the tokens
+    before it. So what the teacher learned with label smoothing, dropout or more text is not forgotten.
     """
 
     def __init__(self, network, label_smoothing: float = 0.0, teacher=None, share: float = 0.0):
@@ -96,17 +95,18 @@ def token_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: floa
 
     Args:
         logits: (batch, tgt_len, vocabulary).
-        labels: (batch, tgt_len), negative where they do not count.
+        labels: (batch, tgt_len), -100 where they do not count.
         aims: the teacher's logits, shaped as ``logits``.
-        share: the divergence's, of the loss.
+        share: of the teacher's distribution in the targets.
     """
     valid = labels >= 0
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum",
-                                       label_smoothing=label_smoothing)
-    if aims is not None:
-        found, aim = (nn.functional.log_softmax(x[valid], dim=-1) for x in (logits, aims))
-        loss = (1 - share) * loss + share * nn.functional.kl_div(found, aim, reduction="sum", log_target=True)
-    return loss, valid.sum()
+    if aims is None:
+        found, targets = logits.flatten(0, 1), labels.flatten()
+    else:
+        found, tokens = logits[valid], labels[valid][:, None]
+        targets = aims[valid].softmax(dim=-1).mul_(share)
+        targets.scatter_add_(1, tokens, targets.new_full(tokens.shape, 1 - share))
+    return nn.functional.cross_entropy(found, targets, reduction="sum", label_smoothing=label_smoothing), valid.sum()
 
 
 @torch.no_grad()

@@ -245,19 +245,19 @@ def test_label_smoothing_spreads_probability_in_training_alone(made, text):
     assert torch.allclose(smoothed.train()(batch)[0], by_hand, rtol=1e-5)
 
 
-def test_distillation_is_a_share_of_the_divergence_in_training_alone(made, text):
+def test_distillation_is_a_share_of_the_targets_in_training_alone(made, text):
     student, teacher = (models.load(made / name).network.eval() for name in ("pruned.pth", "origin.pth"))
     training.set_dropout(student, 0.0)
     batch = text[0].collate(text[0].dataset.examples[:5])
     inputs, valid = training.network_inputs(batch, student.config), batch["labels"] >= 0
     mine, theirs = (torch.log_softmax(network(**inputs).logits[valid], -1) for network in (student, teacher))
-    divergence = (theirs.exp() * (theirs - mine)).sum()
+    taught = -(theirs.exp() * mine).sum()
     plain = -mine[torch.arange(len(mine)), batch["labels"][valid]].sum()
     for share in (0.0, 0.25, 1.0):
         objective = TranslationLoss(student, teacher=teacher, share=share)
         assert torch.allclose(objective.eval()(batch)[0], plain, rtol=1e-5)
         loss, tokens = objective.train()(batch)
-        assert torch.allclose(loss, (1 - share) * plain + share * divergence, rtol=1e-5)
+        assert torch.allclose(loss, (1 - share) * plain + share * taught, rtol=1e-5)
         assert tokens == valid.sum()
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
