@@ -201,7 +201,7 @@ def draw_targets(result: dict, folder: Path) -> None:
     axes[0].axhline(1, color="black", linewidth=0.8)
     axes[0].set_xscale("log")
     axes[0].set_xlabel("pruned models N (mean cost of a configuration)")
-    axes[0].set_ylabel(f"speed-up (a line for each seed) to {result['settings']['target']:.0%} above the dense loss")
+    axes[0].set_ylabel(f"speed-up (each seed) to {result['settings']['target']:.0%} above dense")
     axes[0].set_ylim(bottom=0)
     axes[0].legend()
     for arm in runs:
