@@ -114,7 +114,7 @@ class JointTranslation(BankWeights):
     So whatever is drawn teaches all variants of a block, mild and harsh, and what differs between them stays what
     block level found. (Sharing of weights between networks of different sizes: Yu & Huang 2019, "Universally
     Slimmable Networks and Improved Training Techniques", section 3.) Training each variant's own weights instead
-    lowers the loss four times more slowly: docs/experiment.md.
+    gets less than half as far in as many steps: docs/experiment.md.
 
     Every training batch composes the original with one variant of each block, drawn from the global random state
     (which checkpoints keep). In evaluation mode the loss is the mean over a fixed set of configurations: up to four,
