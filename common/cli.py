@@ -256,8 +256,8 @@ def add_distillation(p, default: float) -> None:
     """Add --distillation."""
     p.add_argument("--distillation", type=share, default=default, metavar="SHARE",
                    help="share of each target token's probability that follows the original's distribution while "
-                        "training, the rest being the text's token; 0.5 keeps translations good, at about half of the "
-                        "time again; validation losses are without")
+                        "training, the rest being the text's token; keeps what the original learned with label "
+                        "smoothing, for about 1.4 times the time a step; validation losses are without")
 
 
 def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:

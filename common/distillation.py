@@ -120,8 +120,7 @@ class JointTranslation(BankWeights):
     (which checkpoints keep). In evaluation mode the loss is the mean over a fixed set of configurations: up to four,
     spread over those given, or mixtures drawn by ``seed``. No dropout.
 
-    In training the loss is that of `common.training.TranslationLoss` with the original as the teacher: without it, the
-    composed models forget what the original was trained with, and their translations get worse as the loss falls.
+    In training the loss is that of `common.training.TranslationLoss` with the original as the teacher.
     """
 
     def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0,
