@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Compose a complete model: the original with the blocks of one configuration replaced by a bank's variants.
 
-Reads the original model, a bank (tuned or merely pruned) and conf.json. Writes a model file. With --recalibrate
-also reads training text and repairs, in one sweep, what the pruned modules do to each other's inputs.
+Reads the original model, a bank and conf.json. Out of a merely pruned bank (the default) comes what the baseline
+trains. Out of a tuned bank comes a model that is recalibrated: one sweep over some training text, without gradients,
+re-fits its modules to the inputs that they receive in it. Writes a model file.
 
     python compose_model.py -m origin_model.pth -p finetuned_modules.npy -c conf.json -n 0 -o composed_model.pth
 """
@@ -10,38 +11,41 @@ also reads training text and repairs, in one sweep, what the pruned modules do t
 import sys
 
 from common import cli
+from common.files.atomic import check_inputs, outputs
 
 
 def build_parser():
     p = cli.parser(__doc__)
     cli.add_composition(p, "pruned_modules.npy")
     cli.add_output(p, "composed_model.pth", "model file to write")
-    cli.add_batch_tokens(p)
-    cli.add_data(p)
-    cli.add_runtime(p)
+    cli.add_data(p, limit=False)
+    cli.add_device(p)
     return p
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    cli.check_composition(args)
-    from common import composition, files, models, recalibration, runtime
-    from common.provenance import provenance, tell
+    check_inputs(args.model, args.bank, args.configurations)
+    with outputs(args.overwrite, args.output):
+        from common import runtime
+        from common.files.provenance import provenance
+        from common.pruning import composition
+        from common.t5 import model
+        from common.text.batches import calibration_text
+        from common.tuning.recalibration import recalibrate_composed
 
-    if args.ancestry:
-        return tell(args.model, args.bank, args.configurations)
-    cli.check_outputs(args.overwrite, args.output)
-
-    with files.locked(args.output):
-        model, origin = composition.from_files(args.model, args.bank, args.configurations, args.number)
-        if args.recalibrate:
-            recalibration.from_args(args, model, runtime.setup(args.device, args.seed, args.threads), origin)
-        if args.source_prefix is not None:
-            model.prefix = args.source_prefix
-        model.provenance = provenance("compose_model.py", args, origin)
-        models.save(args.output, model)
-    print(f"{args.output}: configuration {args.number}; {models.mask_report(model)}")
-    print(f"next: python evaluate.py -m {args.output}")
+        composed, bank, inputs = composition.from_files(args.model, args.bank, args.configurations, args.number)
+        how = "merely pruned" if bank.tuned is None else f"tuned ({bank.tuned}), not recalibrated"
+        if bank.tuned and not args.no_recalibration:
+            device = runtime.setup(args.device)
+            text = calibration_text(cli.corpus(args, composed), composed)
+            inputs["calibration text"] = text.as_input()
+            recalibrate_composed(model.load(args.model), composed, bank, text, device)
+            how = f"tuned ({bank.tuned}), recalibrated"
+        composed.provenance = provenance("compose_model.py", vars(args), inputs)
+        model.save(args.output, composed)
+    print(f"{args.output}: configuration {args.number} out of {args.bank}: {how}; {model.mask_report(composed)}")
+    cli.next_step(("evaluate.py", "-m", args.output))
     return 0
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Get the original model and write it as one file that all later stages read.
 
-Reads a T5-family model (T5, T5 v1.1, Flan-T5, mT5) from the Hugging Face hub or a local folder, or makes a
-small untrained one ("tiny") with a tokenizer trained on the training text, for work without a network.
-Writes one .pth with tokenizer, configuration, prefix and weights.
+Reads a T5-family model (T5, T5 v1.1, Flan-T5, mT5, ByT5) from the Hugging Face hub or a local folder. "demo" is a small
+trained model in this repository; "tiny" makes a small untrained one, its tokenizer trained on the training text.
+Writes one .pth with tokenizer, configuration, languages, prefix and weights.
 
     python download_model.py -m t5-small -o origin_model.pth
 """
@@ -11,37 +11,45 @@ Writes one .pth with tokenizer, configuration, prefix and weights.
 import sys
 
 from common import cli
+from common.files.atomic import outputs
 
 
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("-m", "--model", default="t5-small", metavar="NAME",
-                   help="hub repository, local folder, or 'tiny'")
+                   help="hub repository, local folder, 'demo' or 'tiny'")
     cli.add_output(p, "origin_model.pth", "model file to write")
-    cli.add_data(p)
-    cli.add_runtime(p)
+    p.add_argument("--source", type=cli.language, default="en", metavar="LANG", help="language translated from")
+    p.add_argument("--target", type=cli.language, default="de", metavar="LANG",
+                   help="language translated to; later stages read train.LANG, val.LANG, … of both")
+    p.add_argument("--source-prefix", metavar="TEXT",
+                   help="put before each source sentence (default: what the model's configuration has for the "
+                        "languages, for T5 e.g. 'translate English to German: ')")
+    cli.add_data(p, limit=False)
     return p
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    cli.check_outputs(args.overwrite, args.output)
-    from common import files, hub, models, runtime
-    from common.data import DataOptions
-    from common.provenance import provenance
+    with outputs(args.overwrite, args.output):
+        from common import runtime
+        from common.files.provenance import provenance
+        from common.t5 import folder, model
+        from common.text.corpus import Corpus
 
-    runtime.setup("cpu", args.seed, args.threads)
-    with files.locked(args.output):
+        runtime.setup("cpu")
+        commit = None
         if args.model == "tiny":
-            model = hub.make_tiny(DataOptions.from_args(args))
+            made = folder.make_tiny(Corpus(args.data, args.source, args.target))
         else:
-            model = hub.load_folder(hub.fetch(args.model), args.source, args.target)
+            path, commit = folder.fetch(args.model)
+            made = folder.load_folder(path, args.source, args.target)
         if args.source_prefix is not None:
-            model.prefix = args.source_prefix
-        model.provenance = provenance("download_model.py", args, {})
-        models.save(args.output, model)
-    print(f"{args.output}: {models.mask_report(model)}; prefix {model.prefix!r}")
-    print(f"next: python config_generator.py -m {args.output}")
+            made.prefix = args.source_prefix
+        made.provenance = provenance("download_model.py", vars(args) | {"hub_commit": commit}, {})
+        model.save(args.output, made)
+    print(f"{args.output}: {model.mask_report(made)}; {made.source} to {made.target}, prefix {made.prefix!r}")
+    cli.next_step(("config_generator.py", "-m", args.output))
     return 0
 
 

@@ -1,89 +1,183 @@
 #!/usr/bin/env python3
 """Translate the test set and report BLEU, chrF, validation loss, size and sparsity, for one or several models.
 
-Reads model files. Prints a table and some translations; with --json also writes the figures.
+Reads model files. Prints a table and three translations; --json writes the figures, --plot draws BLEU against size.
 
     python evaluate.py -m finetuned_model.pth --json scores.json
 """
 
+import os
+import re
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 
-from common import cli
+from common import cli, plots
+from common.files.atomic import check_inputs, outputs
+
+BATCH_TOKENS = 8192
+EXAMPLES = 3
 
 
 def build_parser():
     p = cli.parser(__doc__)
     p.add_argument("-m", "--model", type=Path, nargs="+", default=[Path("finetuned_model.pth")], metavar="MODEL",
-                   help="model files")
+                   help="model files; with --ancestry also banks, schemes and configurations")
+    p.add_argument("--test-set", default="test_2016_flickr", metavar="NAME",
+                   help="text that is translated: the files NAME.en and NAME.de, or the model's other languages")
     p.add_argument("--num-beams", type=cli.count, default=1, metavar="N", help="beam search; 1 is greedy")
+    p.add_argument("--max-new-tokens", type=cli.count, metavar="N",
+                   help="where a translation without an end is cut (default: at twice as many tokens as the longest "
+                        "source sentence of its batch has, plus 16)")
     p.add_argument("--lowercase", action="store_true",
                    help="score lower-cased, as much of the literature on Multi30K does")
-    p.add_argument("--examples", type=cli.index, default=3, metavar="N", help="translations to show")
     p.add_argument("--ancestry", action="store_true",
-                   help="print how each file (model, bank, scheme) was made, back to the download, and do nothing else")
+                   help="print how each file was made, back to the download, and do nothing else")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
-    p.add_argument("--batch-tokens", type=cli.count, default=8192, metavar="N",
-                   help="tokens a batch, padding included")
-    cli.add_overwrite(p)
-    cli.add_data(p)
-    cli.add_runtime(p)
+    p.add_argument("--plot", type=Path, metavar="FILE",
+                   help="draw BLEU against the number of weights (.png, .pdf or .svg); models whose file names differ "
+                        "only in a number are joined by a line")
+    p.add_argument("--overwrite", action="store_true", help="replace outputs that exist (else an error)")
+    cli.add_data(p, limit=False)
+    cli.add_device(p)
     return p
+
+
+def tell(path: Path) -> None:
+    """Print the ancestry of a model file, a bank, a scheme or configurations.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind.
+    """
+    from common.files.atomic import digest
+    from common.files.jsonfile import read_json
+    from common.files.provenance import ancestry
+    from common.pruning import bank, configurations, scheme
+    from common.t5 import model
+
+    if path.suffix == ".json" and isinstance(read_json(path), list):
+        count = len(configurations.read_configurations(path))
+        sha, lines = digest(path.read_bytes()), f"  {count} configurations, free to be edited"
+    else:
+        if path.suffix == ".json":
+            read, origin = scheme.read_scheme(path)
+            sha = scheme.scheme_digest(read)
+        elif path.suffix == ".npy":
+            opened = bank.load(path)
+            sha, origin = opened.sha256, opened.provenance
+        else:
+            opened = model.load(path)
+            sha, origin = opened.identity, opened.provenance
+        lines = ancestry(origin, "  ")
+    print(f"{path} (sha256 {sha})\n{lines}")
 
 
 def evaluate(path: Path, args, device) -> dict:
     """Return one model's figures."""
-    from common import masking, metrics, models, training
-    from common.data import Batches, DataOptions, read_pairs
+    from common.t5 import loss, model, network
+    from common.text.batches import Batches, validation_text
+    from common.text.corpus import read_pairs
+    from common.text.translation import LIMIT_RULE, score, translate
 
-    model = models.load(path)
-    options = DataOptions.from_args(args)
-    pairs = read_pairs(options, args.test_set)
-    models.place(model.network, device)
-    test, valid = (Batches(p, model, args.batch_tokens, prefix=args.source_prefix)
-                   for p in (pairs, read_pairs(options, "val")))
-    loss = training.evaluate(training.TranslationLoss(model.network), valid, device)
-    began = time.perf_counter()
-    hypotheses = metrics.translate(model, test, device, args.num_beams)
-    scores = metrics.score(hypotheses, [target for _, target in pairs], time.perf_counter() - began, args.lowercase)
-    parameters, zeros = masking.sparsity(model.network)
-    return {"model": str(path), "identity": model.identity, "validation_loss": loss, **vars(scores),
-            "parameters": parameters, "zeros": zeros, "bytes": path.stat().st_size,
+    loaded = model.load(path)
+    corpus = cli.corpus(args, loaded)
+    pairs = read_pairs(corpus, args.test_set)
+    network.place(loaded.network, device)
+    valid = loss.evaluate(loss.TranslationLoss(loaded.network), validation_text(corpus, loaded, BATCH_TOKENS), device)
+    made = translate(loaded, Batches(pairs, loaded, BATCH_TOKENS), device, args.num_beams, args.max_new_tokens)
+    scores = score(made.texts, [target for _, target in pairs], loaded.target, args.lowercase)
+    parameters, zeros = network.sparsity(loaded.network)
+    name = os.fsencode(path).decode(errors="replace")  # Python decodes arguments as the terminal's encoding says
+    return {"model": name, "identity": loaded.identity, "source": loaded.source, "target": loaded.target,
+            "test_set": args.test_set, "num_beams": args.num_beams,
+            "max_new_tokens": args.max_new_tokens or LIMIT_RULE, "hit_limit": made.hit_limit,
+            "validation_loss": valid, **vars(scores), "seconds": made.seconds, "parameters": parameters,
+            "zeros": zeros, "masked": bool(loaded.masks), "bytes": path.stat().st_size,
             "examples": [{"source": s, "reference": t, "translation": h}
-                         for (s, t), h in zip(pairs[:args.examples], hypotheses, strict=False)]}
+                         for (s, t), h in zip(pairs[:EXAMPLES], made.texts, strict=False)]}
+
+
+def show_examples(rows: list[dict]) -> None:
+    """Print the first sentences and what each model makes of them; models of other languages have other sentences."""
+    for source, target in dict.fromkeys((r["source"], r["target"]) for r in rows):
+        same = [r for r in rows if (r["source"], r["target"]) == (source, target)]
+        for i, example in enumerate(same[0]["examples"]):
+            print(f"\n{source}   {example['source']}\n{target}   {example['reference']}")
+            for r in same:
+                print(f"  -> {r['examples'][i]['translation']:.120}" + (f"   [{r['model']}]" if len(rows) > 1 else ""))
+
+
+def arms(names: list[str]) -> list[str]:
+    """Return each file's arm: names that differ only in one number share theirs, the name without that number."""
+    names = [str(Path(name).with_suffix("")) for name in names]
+    cut = [[f"{name[:m.start()]}\0{name[m.end():]}" for m in re.finditer(r"\d+(\.\d+)?", name)][::-1]
+           for name in names]
+    count = Counter(key for keys in cut for key in keys)
+    found = [max(keys, key=count.get, default=name) for name, keys in zip(names, cut, strict=True)]
+    found = [key if count[key] > 1 else name for key, name in zip(found, names, strict=True)]
+    clean = {key: re.sub(r"[-_. ]*\0", "", key) or "model" for key in found}
+    short = {key: Path(name).name for key, name in clean.items()}
+    return [short[k] if list(short.values()).count(short[k]) == 1 else clean[k] for k in found]
+
+
+def draw(path: Path, rows: list[dict]) -> None:
+    """Draw BLEU against the weights that are not zero: one line an arm, a star and a dotted line for what is dense."""
+    points = {}
+    for arm, r in zip(arms([r["model"] for r in rows]), rows, strict=True):
+        dense = not r["masked"] and r["zeros"] < 0.01 * r["parameters"]  # a trained weight may be zero by chance
+        points.setdefault((dense, arm), []).append(((r["parameters"] - r["zeros"]) / 1e6, r["bleu"]))
+    with plots.picture(path) as axes:
+        lines, names = [], []
+        for i, ((dense, arm), xy) in enumerate(sorted(points.items(), key=lambda item: not item[0][0])):
+            style = {"marker": "*", "markersize": 13} if dense else {"marker": "osD^vPX"[i % 7]}
+            joined = "-" if len(xy) > 1 and not dense else ""
+            lines += axes.plot(*zip(*sorted(xy), strict=True), linestyle=joined, **style)
+            names.append(plots.shown(arm) + (" (dense)" if dense else ""))
+            if dense:
+                for _, bleu in xy:
+                    axes.axhline(bleu, linestyle=":", color=lines[-1].get_color())
+        languages = dict.fromkeys(f"{r['source']} to {r['target']}" for r in rows)
+        axes.set_title(f"{plots.shown(rows[0]['test_set'])}, {', '.join(languages)}")
+        axes.set_xlabel("weights that are not zero (millions)")
+        axes.set_ylabel("BLEU")
+        axes.grid(alpha=0.3)
+        plots.legend(axes, lines, names)
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    cli.check_inputs(*args.model)
-    if args.json:
-        cli.check_outputs(args.overwrite, args.json)
-    from common import files, runtime
-    from common.provenance import tell
-
+    check_inputs(*args.model)
     if args.ancestry:
-        return tell(*args.model)
-    device = runtime.setup(args.device, args.seed, args.threads)
-    width = max(len(str(path)) for path in args.model)
-    print(f"{'model':{width}}  {'BLEU':>5}  {'chrF':>5}  {'val. loss':>9}  {'parameters':>11}  {'zeros':>6}  "
-          f"{'MB':>6}  {'seconds':>7}")
-    rows = []
-    for path in args.model:
-        r = evaluate(path, args, device)
-        rows.append(r)
-        print(f"{r['model']:{width}}  {r['bleu']:5.1f}  {r['chrf']:5.1f}  {r['validation_loss']:9.4f}  "
-              f"{r['parameters']:11,}  {r['zeros'] / r['parameters']:6.1%}  {r['bytes'] / 1e6:6.1f}  "
-              f"{r['seconds']:7.1f}", flush=True)
-    print(f"BLEU: {rows[0]['bleu_signature']}\nchrF: {rows[0]['chrf_signature']}")
-    for i, example in enumerate(rows[0]["examples"]):
-        print(f"\n{args.source}   {example['source']}\n{args.target}   {example['reference']}")
-        for r in rows:
-            print(f"  -> {r['examples'][i]['translation']:.120}" + (f"   [{r['model']}]" if len(rows) > 1 else ""))
-    if args.json:
-        with files.locked(args.json):
-            files.write_json(args.json, rows)
-        print(f"\n{args.json}: written")
+        for path in args.model:
+            tell(path)
+        return 0
+    plots.check_picture(args.plot)
+    with outputs(args.overwrite, args.json, args.plot):
+        from common import runtime
+        from common.files.jsonfile import write_json
+
+        device = runtime.setup(args.device)
+        width = max(len(str(path)) for path in args.model)
+        print(f"{'model':{width}}  {'BLEU':>5}  {'chrF':>5}  {'val. loss':>9}  {'parameters':>11}  {'zeros':>6}  "
+              f"{'MB':>6}  {'seconds':>7}")
+        rows = []
+        for path in args.model:
+            r = evaluate(path, args, device)
+            rows.append(r)
+            print(f"{r['model']:{width}}  {r['bleu']:5.1f}  {r['chrf']:5.1f}  {r['validation_loss']:9.4f}  "
+                  f"{r['parameters']:11,}  {r['zeros'] / r['parameters']:6.1%}  {r['bytes'] / 1e6:6.1f}  "
+                  f"{r['seconds']:7.1f}"
+                  + (f"  {r['hit_limit']:.1%} cut at the limit of new tokens" if r["hit_limit"] else ""), flush=True)
+        if args.json:
+            write_json(args.json, rows)
+        if args.plot:
+            draw(args.plot, rows)
+    said = [[f"BLEU: {r['bleu_signature']}", f"chrF: {r['chrf_signature']}", *(f"note: {n}" for n in r["notes"])]
+            for r in rows]
+    print("\n".join(dict.fromkeys(line for lines in said for line in lines)))
+    show_examples(rows)
+    written = [f"{path}: written" for path in (args.json, args.plot) if path]
+    print("".join("\n" + line for line in written))
     return 0
 
 

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Compose one configuration out of a tuned bank and train it briefly on the translation loss.
+"""Compose one configuration out of a tuned bank, recalibrate it, and train it briefly on the translation loss.
 
 Reads the original model, a bank and conf.json; handles exactly one configuration a run (-n, from 0). Writes the
 model with the best validation loss (the composed one itself, if training does not better it), and statistics.
---recalibrate repairs the composed model in one sweep before it is trained.
 
     python model-level_finetuning.py -m origin_model.pth -p finetuned_modules.npy -c conf.json -n 0 \\
         -o finetuned_model.pth --stats model_stats.csv
@@ -12,6 +11,7 @@ model with the best validation loss (the composed one itself, if training does n
 import sys
 
 from common import cli
+from common.files.atomic import check_inputs
 
 
 def build_parser():
@@ -19,28 +19,41 @@ def build_parser():
     cli.add_composition(p, "finetuned_modules.npy")
     cli.add_output(p, "finetuned_model.pth", "model file to write")
     cli.add_training(p, epochs=3, lr=1e-3, stats="model_stats.csv")
-    cli.add_regularization(p)
-    cli.add_distillation(p, 0.0)
+    p.add_argument("--distillation", action="store_true",
+                   help="half of each target follows the original's distribution, for 1.4 times the time a step")
     cli.add_data(p)
-    cli.add_runtime(p)
+    cli.add_seed(p)
+    cli.add_device(p)
     return p
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    cli.check_composition(args)
-    from common import composition, models, recalibration, runtime, training
-    from common.provenance import tell
+    check_inputs(args.model, args.bank, args.configurations)
+    with cli.training_outputs(args):
+        from common import runtime
+        from common.pruning import composition
+        from common.t5 import model
+        from common.text.batches import calibration_text, training_text, validation_text
+        from common.training.finetuning import finetune
+        from common.training.loop import can_resume
+        from common.tuning.recalibration import recalibrate_composed
 
-    if args.ancestry:
-        return tell(args.model, args.bank, args.configurations)
-    cli.check_training(args)
-
-    model, inputs = composition.from_files(args.model, args.bank, args.configurations, args.number)
-    if args.recalibrate:
-        recalibration.from_args(args, model, runtime.setup(args.device, args.seed, args.threads), inputs)
-    teacher = models.load(args.model) if args.distillation else None
-    return training.finetune_model("model-level_finetuning.py", args, model, inputs, teacher)
+        device = runtime.setup(args.device, args.seed)
+        composed, bank, inputs = composition.from_files(args.model, args.bank, args.configurations, args.number)
+        corpus, options = cli.corpus(args, composed), cli.fit_options(args)
+        valid = validation_text(corpus, composed)
+        original, spent = model.load(args.model), 0.0
+        if not args.no_recalibration and not can_resume(options):  # a checkpoint holds what the sweep has made
+            spent = recalibrate_composed(original, composed, bank, calibration_text(corpus, composed, args.seed),
+                                         device, valid, args.target_loss)
+        result = finetune(
+            "model-level_finetuning.py", vars(args), composed, inputs,
+            training_text(corpus, composed, args.batch_tokens, args.seed), valid, options, args.output, device,
+            original if args.distillation else None, spent)
+    print(f"{args.output}: {result}; {model.mask_report(composed)}")
+    cli.next_step(("evaluate.py", "-m", args.output), ("plot_loss.py", args.stats))
+    return 0
 
 
 if __name__ == "__main__":

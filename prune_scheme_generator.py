@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 from common import cli
+from common.errors import UserError
+from common.files.atomic import check_inputs, outputs
 
 
 def build_parser():
@@ -23,24 +25,24 @@ def build_parser():
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
-    cli.check_inputs(args.input)
-    cli.check_outputs(args.overwrite, args.output)
-    from common import configs, files
-    from common.provenance import provenance
+    check_inputs(args.input)
+    with outputs(args.overwrite, args.output):
+        from common.files.atomic import digest
+        from common.files.provenance import provenance
+        from common.pruning.configurations import read_configurations, required_variants
+        from common.pruning.scheme import make_scheme, write_scheme
 
-    configurations = configs.read_configurations(args.input)
-    scheme = configs.make_scheme(configurations)
-    if not scheme:
-        raise cli.UserError(f"{args.input}: every rate is 0, there is nothing to prune")
-    with files.locked(args.output):
-        sha = files.digest(args.input.read_bytes())
-        configs.write_scheme(args.output, scheme, provenance("prune_scheme_generator.py", args,
-                                                             {"configurations": (args.input, sha, {})}))
+        configurations = read_configurations(args.input)
+        scheme = make_scheme(configurations)
+        if not scheme:
+            raise UserError(f"{args.input}: every rate is 0, there is nothing to prune")
+        write_scheme(args.output, scheme, provenance("prune_scheme_generator.py", vars(args), {
+            "configurations": (args.input, digest(args.input.read_bytes()), {})}))
     variants = sum(map(len, scheme.values()))
-    naive = sum(len(configs.required_variants(c)) for c in configurations)
+    naive = sum(len(required_variants(c)) for c in configurations)
     print(f"{args.output}: {variants} variants of {len(scheme)} blocks serve {len(configurations)} configurations "
           f"({naive} without sharing)")
-    print(f"next: python prune.py -c {args.output}")
+    cli.next_step(("prune.py", "-c", args.output))
     return 0
 
 

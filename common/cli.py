@@ -1,19 +1,22 @@
-"""Command-line pieces every stage shares: flags, value checks, and the one place errors become exit codes."""
+"""Command-line pieces every stage shares: flags, value checks, and the one place errors become exit codes.
+
+Only stage scripts import this; what lies below gets values and small dataclasses, never a namespace.
+"""
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import math
 import os
-import shutil
+import shlex
 import signal
 import sys
 from pathlib import Path
 
-from common.files import Interrupted, UserError
-
-CHECKPOINT = "checkpoint.pth"
-SPLIT_HELP = "a folder with train.en, train.de, val.* and the test set, plain or .gz"
+from common import runtime  # noqa: F401 - its import sets OpenMP's waiting, before torch is imported
+from common.errors import Interrupted, UserError
+from common.files.atomic import check_outputs, locked
 
 
 def run(main) -> int:
@@ -22,6 +25,7 @@ def run(main) -> int:
     0 success; 2 bad input, a full disk, too little memory; 130 and 143 after SIGINT and SIGTERM. Anything
     else is a bug and keeps its traceback.
     """
+    _utf8_mode()
     prog = Path(sys.argv[0]).name
 
     def fail(message: str, code: int) -> int:
@@ -41,6 +45,9 @@ def run(main) -> int:
             raise Interrupted(f"{word}; no file is left half written", signum)
 
     before = {}
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal lacks must not end the work
+            stream.reconfigure(errors="backslashreplace")
     try:
         for signum in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(signum) != signal.SIG_IGN:  # a shell lets its background jobs ignore Ctrl-C
@@ -65,7 +72,7 @@ def run(main) -> int:
         # torch's own errors: "can't allocate memory" on the CPU, "CUDA out of memory".
         if isinstance(error, RuntimeError) and not any(s in str(error) for s in ("allocate memory", "out of memory")):
             raise
-        return fail("error: not enough memory; a smaller --batch-tokens or --memory-budget needs less", 2)
+        return fail("error: not enough memory; a smaller --batch-tokens or fewer --max-train-sentences need less", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""
@@ -77,10 +84,23 @@ def run(main) -> int:
             signal.signal(signum, handler)
 
 
-def _utf8(text: str) -> bool:
+def _utf8_mode() -> None:
+    """Start this process anew in Python's UTF-8 mode where names are decoded otherwise; the terminal's encoding stays.
+
+    In an ASCII or Latin-1 locale the name "ü.pth" becomes a text that torch and safetensors, which know UTF-8 alone,
+    look for in vain, and that no file can hold.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and "utf8" not in sys._xoptions:
+        encoding = os.environ.get("PYTHONIOENCODING") or getattr(sys.stdout, "encoding", None) or "ascii"
+        os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]],
+                  os.environ | {"PYTHONIOENCODING": encoding})
+
+
+def _utf8(argument: str) -> bool:
+    """Tell whether an argument's bytes are UTF-8, whatever the terminal's encoding."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        os.fsencode(argument).decode()
+    except UnicodeError:
         return False
     return True
 
@@ -97,6 +117,9 @@ def _drop_unread() -> None:
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the docstring's line breaks and appends each flag's default, so that it is written once."""
 
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
     def _get_help_string(self, action):
         text = action.help or ""
         hidden = action.default is None or isinstance(action.default, bool) or action.default == argparse.SUPPRESS
@@ -110,7 +133,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """Return an argument parser whose description is the script's docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, usage="%(prog)s [options]")
 
 
 def _number(text: str, kind: str, convert, good) -> float:
@@ -133,11 +156,6 @@ def positive(text: str) -> float:
     return _number(text, "a number above 0", float, lambda x: 0 < x < math.inf)
 
 
-def non_negative(text: str) -> float:
-    """Parse a finite number of at least 0."""
-    return _number(text, "a number of at least 0", float, lambda x: 0 <= x < math.inf)
-
-
 def count(text: str) -> int:
     """Parse a whole number of at least 1."""
     return _number(text, "a whole number of at least 1", int, lambda x: x >= 1)
@@ -148,200 +166,140 @@ def index(text: str) -> int:
     return _number(text, "a whole number of at least 0", int, lambda x: 0 <= x < 2**63)
 
 
-def memory(text: str) -> int:
-    """Parse a size of memory such as 512M or 4G into bytes."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    factor = units.get(text[-1:].upper(), 1)
-    number = text[:-1] if factor > 1 else text
-    size = _number(number, "a size such as 512M or 4G", float, lambda x: 0 < x < 1e18)
-    return int(size * factor)
-
-
-def add_output(p: argparse.ArgumentParser, default: str, what: str, flag: str = "--output") -> None:
-    """Add -o and --overwrite."""
-    p.add_argument("-o", flag, dest="output", type=Path, default=Path(default), metavar="FILE", help=what)
-    add_overwrite(p)
-
-
-def add_overwrite(p: argparse.ArgumentParser) -> None:
-    """Add --overwrite; without it no stage replaces a file."""
-    p.add_argument("--overwrite", action="store_true", help="replace outputs that exist (else an error)")
-
-
-def add_runtime(p: argparse.ArgumentParser) -> None:
-    """Add --seed, --device and --threads."""
-    p.add_argument("--seed", type=index, default=0, metavar="INT", help="seed of everything that is random")
-    p.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N; auto takes "
-                   "a GPU if there is one")
-    p.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: all cores)")
-
-
-def add_data(p: argparse.ArgumentParser) -> None:
-    """Add the flags that say which text is read; `common.data.DataOptions` takes them from there."""
-    g = p.add_argument_group("text")
-    g.add_argument("--data", choices=("multi30k", "demo"), default="multi30k",
-                   help="multi30k: real captions, downloaded once; demo: the built-in generated corpus")
-    g.add_argument("--data-dir", type=Path, default=Path("data/multi30k"), metavar="DIR", help=SPLIT_HELP)
-    g.add_argument("--source", default="en", metavar="LANG", help="language translated from")
-    g.add_argument("--target", default="de", metavar="LANG", help="language translated to")
-    g.add_argument("--test-set", default="test_2016_flickr", metavar="NAME", help="name of the test split")
-    g.add_argument("--source-prefix", metavar="TEXT", help="put before each source sentence (default: what "
-                   "the model file says, for T5 e.g. 'translate English to German: ')")
-    g.add_argument("--max-train-sentences", type=count, metavar="N",
-                   help="read only the first N training pairs (default: all)")
-
-
-def add_composition(p: argparse.ArgumentParser, bank: str) -> None:
-    """Add what names one composed model: -m, -p, -c and -n."""
-    p.add_argument("-m", "--model", type=Path, default=Path("origin_model.pth"), metavar="MODEL",
-                   help="original model file")
-    p.add_argument("-p", "--bank", type=Path, default=Path(bank), metavar="BANK", help="bank of variants (.npy)")
-    p.add_argument("-c", "--configurations", type=Path, default=Path("conf.json"), metavar="FILE",
-                   help="configuration file")
-    p.add_argument("-n", "--number", type=index, default=0, metavar="NTH",
-                   help="which configuration, counted from 0")
-    p.add_argument("--ancestry", action="store_true",
-                   help="print how model, bank and configurations were made, and do nothing else")
-    g = p.add_argument_group("recalibration")
-    g.add_argument("--recalibrate", action="store_true",
-                   help="re-fit the composed model's linear weights, layer by layer and without gradients, to the "
-                        "inputs they receive in it; masks stay; a model that meets model-level_finetuning.py's "
-                        "--target-loss as it is stays as it is")
-    g.add_argument("--metric", choices=("output", "loss"), default="output",
-                   help="what the fit's errors are weighed with: output: all outputs alike; loss: the gradients of the "
-                        "original's loss, better at high pruning rates, for up to a third of the time again")
-    add_calibration(g)
-
-
-def add_calibration(g) -> None:
-    """Add the flags of everything that is fitted to the original's activations."""
-    g.add_argument("--calibration-sentences", type=count, default=2000, metavar="N",
-                   help="training pairs the activations are taken from, drawn by --seed")
-    g.add_argument("--damping", type=positive, default=1e-4, metavar="X",
-                   help="pull towards the weights before, as a fraction of the inputs' mean square")
-
-
-def add_memory_budget(g) -> None:
-    """Add --memory-budget."""
-    g.add_argument("--memory-budget", type=memory, default="4G", metavar="SIZE",
-                   help="memory for statistics, e.g. 512M; less memory, more passes, the same result")
-
-
-def add_batch_tokens(p) -> None:
-    """Add --batch-tokens."""
-    p.add_argument("--batch-tokens", type=count, default=2048, metavar="N",
-                   help="tokens a batch (in training: a step), padding included, of the longer side")
-
-
 def probability(text: str) -> float:
     """Parse a probability in [0, 1)."""
     return _number(text, "a probability in [0, 1)", float, lambda x: 0 <= x < 1)
 
 
-def add_regularization(p: argparse.ArgumentParser) -> None:
-    """Add --dropout and --label-smoothing."""
-    p.add_argument("--dropout", type=probability, metavar="P",
-                   help="dropout while training (default: the model's own); 0 makes short trainings shorter")
-    p.add_argument("--label-smoothing", type=probability, default=0.0, metavar="P",
-                   help="share of each target token's probability that is spread over the vocabulary while training: "
-                        "give what the original was trained with; validation losses are without")
+def language(text: str) -> str:
+    """Parse a language: a part of the names of text files."""
+    from common.text.corpus import LANGUAGE
+
+    if not LANGUAGE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a language such as en")
+    return text
 
 
-def share(text: str) -> float:
-    """Parse a share in [0, 1]."""
-    return _number(text, "a share in [0, 1]", float, lambda x: 0 <= x <= 1)
+def corpus_folder(text: str) -> Path:
+    """Parse --data: a name that stands for a folder, or a folder."""
+    from common.text import corpus
+
+    return {"multi30k": corpus.MULTI30K, "demo": corpus.DEMO}.get(text) or Path(text)
 
 
-def add_distillation(p, default: float) -> None:
-    """Add --distillation."""
-    p.add_argument("--distillation", type=share, default=default, metavar="SHARE",
-                   help="share of each target token's probability that follows the original's distribution while "
-                        "training, the rest being the text's token; keeps what the original learned with label "
-                        "smoothing, for about 1.4 times the time a step; validation losses are without")
+def add_output(p: argparse.ArgumentParser, default: str, what: str) -> None:
+    """Add -o and --overwrite; without the latter no stage replaces a file."""
+    p.add_argument("-o", "--output", type=Path, default=Path(default), metavar="FILE", help=what)
+    p.add_argument("--overwrite", action="store_true", help="replace outputs that exist (else an error)")
 
 
-def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:
-    """Add the flags of the one training loop, the same for the three fine-tuning stages."""
+def add_model(p, default: str = "origin_model.pth", what: str = "original model file") -> None:
+    """Add -m."""
+    p.add_argument("-m", "--model", type=Path, default=Path(default), metavar="MODEL", help=what)
+
+
+def add_data(p, limit: bool = True) -> None:
+    """Add --data, and --max-train-sentences for stages that read all training pairs."""
+    p.add_argument("--data", "--data-dir", type=corpus_folder, default="multi30k", metavar="DIR",
+                   help="text: multi30k (downloaded once), demo, or a folder with train.en, train.de, val.*, ….gz")
+    if limit:
+        p.add_argument("--max-train-sentences", type=count, metavar="N",
+                       help="read only the first N training pairs (default: all)")
+
+
+def add_seed(p) -> None:
+    """Add --seed."""
+    p.add_argument("--seed", type=index, default=0, metavar="INT", help="seed of everything that is random")
+
+
+def add_device(p) -> None:
+    """Add --device."""
+    p.add_argument("--device", default="auto", metavar="NAME",
+                   help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
+
+
+def add_composition(p, bank: str) -> None:
+    """Add what names one composed model: -m, -p, -c, -n and --no-recalibration."""
+    add_model(p)
+    p.add_argument("-p", "--bank", type=Path, default=Path(bank), metavar="BANK", help="bank of variants (.npy)")
+    p.add_argument("-c", "--configurations", type=Path, default=Path("conf.json"), metavar="FILE",
+                   help="configuration file")
+    p.add_argument("-n", "--number", type=index, default=0, metavar="NTH",
+                   help="which configuration, counted from 0")
+    p.add_argument("--no-recalibration", action="store_true",
+                   help="leave out the sweep that re-fits a tuned bank's modules to each other")
+
+
+def add_passes(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str):
+    """Add what all training needs, --stats, --epochs, --lr and --resume; return the group of the latter three."""
     p.add_argument("--stats", type=Path, default=Path(stats), metavar="CSV",
-                   help="training statistics, one row an evaluation; plot_loss.py draws them")
+                   help="statistics, one row an evaluation; plot_loss.py draws them")
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=count, default=epochs, metavar="N", help="passes over the training text")
     g.add_argument("--lr", type=positive, default=lr, metavar="X", help="AdamW's learning rate")
-    g.add_argument("--schedule", choices=("constant", "linear"), default="constant",
-                   help="learning rate after the warm-up: constant, or falling linearly to 0")
-    g.add_argument("--warmup", type=index, default=0, metavar="STEPS",
-                   help="steps in which the learning rate rises linearly from 0")
-    g.add_argument("--embedding-lr-factor", type=positive, default=1.0, metavar="X",
-                   help="times the learning rate for embeddings; about 6 when training from scratch")
-    g.add_argument("--weight-decay", type=non_negative, default=0.01, metavar="X", help="AdamW's weight decay")
-    add_batch_tokens(g)
+    g.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    return g
+
+
+def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:
+    """Add the flags of the two stages that train complete models; `fit_options` reads them."""
+    g = add_passes(p, epochs=epochs, lr=lr, stats=stats)
+    g.add_argument("--batch-tokens", type=count, default=2048, metavar="N",
+                   help="tokens a step, padding included, of the longer side")
+    g.add_argument("--eval-every", type=count, metavar="STEPS",
+                   help="steps between two validations (default: once an epoch)")
     g.add_argument("--early-stop", type=positive, metavar="EPOCHS",
                    help="stop after so many epochs without a better validation loss (default: never)")
     g.add_argument("--target-loss", type=positive, metavar="X",
                    help="stop as soon as the validation loss is at or below X")
-    g.add_argument("--eval-every", type=count, metavar="STEPS",
-                   help="steps between two validations (default: once an epoch)")
-    g.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
-                   help="where an interrupted run leaves its state (default: OUTPUT.checkpoint)")
-    g.add_argument("--checkpoint-every", type=count, metavar="STEPS",
-                   help="steps between two checkpoints; 1: even a killed run loses only the step under way (default: "
-                        "so often that writing takes about 5 %% of the time)")
-    g.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    g.add_argument("--dropout", type=probability, metavar="P",
+                   help="dropout while training (default: the model's own); 0 makes short trainings shorter")
 
 
-def check_inputs(*paths: Path) -> None:
-    """Raise `UserError` naming every path that is not a readable, non-empty file."""
-    from common.files import file_problem
+def fit_options(args, **changes):
+    """Return the `common.training.loop.FitOptions` that the flags of `add_training` name."""
+    from common.training.loop import FitOptions
 
-    problems = [p for p in map(file_problem, paths) if p]
-    if problems:
-        raise UserError("; ".join(problems))
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(FitOptions) if hasattr(args, f.name)}
+    return FitOptions(**given, checkpoint=checkpoint_folder(args), **changes)
 
 
-def check_composition(args) -> None:
-    """Check the flags of `add_composition` against each other, and that the files are there."""
-    check_inputs(args.model, args.bank, args.configurations)
-    if args.metric != "output" and not args.recalibrate:
-        raise UserError(f"--metric {args.metric} says how --recalibrate weighs errors; add that")
+def corpus(args, model):
+    """Return the `common.text.corpus.Corpus` that the flags of `add_data` and the model's languages name."""
+    from common.text.corpus import Corpus
+
+    return Corpus(args.data, model.source, model.target, getattr(args, "max_train_sentences", None))
 
 
 def checkpoint_folder(args) -> Path:
     """Return where a fine-tuning stage keeps its checkpoint."""
-    return args.checkpoint_dir or args.output.with_name(args.output.name + ".checkpoint")
+    return args.output.with_name(args.output.name + ".checkpoint")
 
 
-def check_training(args, *more: Path) -> None:
-    """Check a fine-tuning stage's outputs; an interrupted run's tables may be there for --resume."""
-    check_outputs(args.overwrite, args.output)
-    check_outputs(True, args.output, args.stats, *more)
+@contextlib.contextmanager
+def training_outputs(args, *more: Path):
+    """As `common.files.atomic.outputs` for a fine-tuning stage; the statistics of an interrupted run may be there.
+
+    Raises:
+        UserError: also if there is the checkpoint of an interrupted run, and neither --resume nor --overwrite.
+    """
     folder = checkpoint_folder(args)
-    started = (folder / CHECKPOINT).exists()
-    check_outputs(args.overwrite or (args.resume and started), args.stats, *more)
-    if not folder.resolve().name or folder.resolve() in [p.resolve() for p in (args.output, args.stats, *more)]:
-        raise UserError(f"--checkpoint-dir {folder}: must be a folder of its own")
-    if started and not (args.resume or args.overwrite):
-        raise UserError(f"{folder}: holds the checkpoint of an interrupted run; add --resume to go on with it, or "
-                        "--overwrite to start anew")
+
+    def check():
+        started = (folder / "checkpoint.pth").exists()
+        check_outputs(args.overwrite, args.output)
+        check_outputs(True, args.output, args.stats, *more)
+        check_outputs(args.overwrite or (args.resume and started), args.stats, *more)
+        if started and not (args.resume or args.overwrite):
+            raise UserError(f"{folder}: holds the checkpoint of an interrupted run; add --resume to go on with it, or "
+                            "--overwrite to start anew")
+
+    check()
+    with locked(args.output, args.stats, *more):
+        check()
+        yield
 
 
-def check_outputs(overwrite: bool, *paths: Path | None) -> None:
-    """Raise `UserError` if a path exists and must not, or cannot be written, before any work is done."""
-    paths = [p for p in paths if p is not None]
-    real = [os.path.realpath(p) for p in paths]
-    if len(set(real)) < len(real):
-        raise UserError("two outputs have the same name: " + ", ".join(map(str, paths)))
-    for path in paths:
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder, a file name is needed")
-        if path.exists() and not overwrite:
-            raise UserError(f"{path}: exists already; choose another name or add --overwrite")
-        folder = path.parent
-        if not folder.exists():
-            try:
-                folder.mkdir(parents=True)
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
-        if not folder.is_dir():
-            raise UserError(f"{folder}: is not a folder")
-        if not os.access(folder, os.W_OK | os.X_OK) or shutil.disk_usage(folder).free == 0:
-            raise UserError(f"{folder}: nothing can be written there")
+def next_step(*commands: tuple) -> None:
+    """Print what to run next: each command is a script and its arguments, quoted where a shell needs it."""
+    print("next: " + "; ".join("python " + shlex.join(map(str, command)) for command in commands))

@@ -1,15 +1,21 @@
-"""Device, threads, seed and the allocator: what a stage sets before it touches a tensor."""
+"""What a stage sets before it touches a tensor: threads, allocator, seed, device; memory and progress."""
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from pathlib import Path
 
-from common.files import UserError
+from common.errors import UserError
+
+# OpenMP's threads spin at barriers, two to a core as soon as anything else runs: of two translations at once each took
+# 64 s instead of 1.1 s alone, with this 1.8 s. Read by OpenMP when torch is imported, hence set at our import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def setup(device: str, seed: int, threads: int | None = None):
-    """Seed PyTorch, set its threads and return the `torch.device` that ``device`` names.
+def setup(device: str, seed: int = 0):
+    """Seed PyTorch and return the `torch.device` that ``device`` names. OMP_NUM_THREADS sets the threads.
 
     Raises:
         UserError: ``device`` is unknown or not there.
@@ -17,8 +23,6 @@ def setup(device: str, seed: int, threads: int | None = None):
     keep_freed_memory()
     import torch
 
-    if threads:
-        torch.set_num_threads(threads)
     torch.manual_seed(seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,20 +32,51 @@ def setup(device: str, seed: int, threads: int | None = None):
             raise RuntimeError("not cpu, cuda or cuda:N")
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: cannot be used: {reason}") from None
+        raise UserError(f"--device {device}: cannot be used: {str(error).splitlines()[0]}") from None
     return chosen
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory() -> bool:
     """Let glibc keep freed blocks instead of returning them to the kernel (Linux; elsewhere nothing happens).
 
     With the default thresholds every activation above 128 KiB is mapped and unmapped anew, and a training step
-    spends 10 to 60 % of its time in page faults.
+    spends 10 to 60 % of its time in page faults. Some versions of glibc refuse an mmap threshold above 32 MiB, and
+    the other call alone would freeze it at 128 KiB, so that one is made only where a threshold was accepted.
+
+    Returns:
+        Whether glibc took the setting.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or os.environ.get("MALLOC_TRIM_THRESHOLD_"):
-        return
+        return False
     m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
     libc = ctypes.CDLL(None)
-    libc.mallopt(m_mmap_threshold, 1 << 30)
-    libc.mallopt(m_trim_threshold, -1)
+    accepted = any(libc.mallopt(m_mmap_threshold, size) for size in (1 << 30, 32 << 20))
+    return accepted and bool(libc.mallopt(m_trim_threshold, -1))
+
+
+def available_memory(device="cpu") -> int | None:
+    """Return how many bytes of memory new work may take on a device, None where the system does not tell."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None
+
+
+def say(text: str) -> None:
+    """Print progress to stderr, above a progress bar; if its reader has left (`… 2>&1 | tee`, Ctrl-C), go on."""
+    from tqdm import tqdm
+
+    with contextlib.suppress(OSError, RuntimeError):  # the latter in a signal that met us within a write
+        tqdm.write(text, file=sys.stderr)
+
+
+def progress(steps=None, what: str = "", total: int | None = None, **options):
+    """Return a tqdm bar over ``steps`` on stderr; silent where stderr is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(steps, desc=what, total=total, file=sys.stderr, disable=None, leave=False,
+                dynamic_ncols=True, **options)

@@ -1,9 +1,6 @@
 # Sourced by quickstart.sh and multi30k.sh: the stages one after the other, from a dense model to the table.
-# Expects: python, out (folder), origin (dense .pth), data (array of flags), rates (array of flags for
-# config_generator.py), train (array of flags for both arms). A file that is there is not made again, so a run that
-# was stopped goes on where it was.
-# CRITERION (default l1) is that of prune.py; RECALIBRATE=1 recalibrates what is composed out of the tuned bank; BLOCK
-# are more flags of block-level_finetuning.py; DISTILLATION=0.5 trains both arms with the dense model as the teacher.
+# Expects: python, out (folder), origin (dense .pth), data and train (arrays of flags). A file that is there is not made
+# again, so a run that was stopped goes on where it was. ATTENTION and LINEAR are the rates of the configurations.
 
 make() { # make FILE COMMAND…: run the command unless its output is there
     local file=$1
@@ -14,22 +11,13 @@ make() { # make FILE COMMAND…: run the command unless its output is there
     fi
 }
 
-sweep=()
-if [ -n "${RECALIBRATE:-}" ]; then
-    sweep=(--recalibrate --metric loss)
-fi
-distil=()
-teacher=()
-if [ -n "${DISTILLATION:-}" ]; then
-    distil=(--distillation "$DISTILLATION")
-    teacher=(--teacher "$origin")
-fi
-make "$out/conf.json" config_generator.py -m "$origin" -o "$out/conf.json" "${rates[@]}"
+make "$out/conf.json" config_generator.py -m "$origin" -o "$out/conf.json" \
+    --attention ${ATTENTION:-0.25 0.375 0.5} --linear ${LINEAR:-0.5 0.65 0.8}
 make "$out/conf_prune.json" prune_scheme_generator.py -i "$out/conf.json" -o "$out/conf_prune.json"
 make "$out/pruned_modules.npy" prune.py -m "$origin" -c "$out/conf_prune.json" -o "$out/pruned_modules.npy" \
-    -p "$out/pruned_test_model.pth" --criterion "${CRITERION:-l1}" "${data[@]}"
+    --criterion obs "${data[@]}"
 make "$out/finetuned_modules.npy" block-level_finetuning.py -m "$origin" -p "$out/pruned_modules.npy" \
-    -o "$out/finetuned_modules.npy" --stats "$out/block.csv" --overwrite ${BLOCK:-} "${data[@]}"
+    -o "$out/finetuned_modules.npy" --stats "$out/block.csv" --overwrite "${data[@]}"
 
 configurations=$("$python" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$out/conf.json")
 models=("$origin")
@@ -37,16 +25,15 @@ for ((n = 0; n < configurations; n++)); do
     compose=(-m "$origin" -c "$out/conf.json" -n "$n")
     make "$out/pruned_$n.pth" compose_model.py "${compose[@]}" -p "$out/pruned_modules.npy" -o "$out/pruned_$n.pth"
     make "$out/composed_$n.pth" compose_model.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
-        -o "$out/composed_$n.pth" "${sweep[@]}" "${data[@]}"
+        -o "$out/composed_$n.pth" "${data[@]}"
     make "$out/finetuned_$n.pth" model-level_finetuning.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
-        -o "$out/finetuned_$n.pth" --stats "$out/finetuned_$n.csv" --resume --overwrite "${sweep[@]}" "${data[@]}" "${train[@]}" \
-        "${distil[@]}"
+        -o "$out/finetuned_$n.pth" --stats "$out/finetuned_$n.csv" --resume --overwrite "${data[@]}" "${train[@]}"
     make "$out/baseline_$n.pth" baseline_finetuning.py -m "$out/pruned_$n.pth" \
-        -o "$out/baseline_$n.pth" --stats "$out/baseline_$n.csv" --resume --overwrite "${data[@]}" "${train[@]}" \
-        "${distil[@]}" "${teacher[@]}"
+        -o "$out/baseline_$n.pth" --stats "$out/baseline_$n.csv" --resume --overwrite "${data[@]}" "${train[@]}"
     make "$out/loss_$n.png" plot_loss.py "$out/finetuned_$n.csv" "$out/baseline_$n.csv" -x seconds \
-        --label composed baseline --title "configuration $n" -o "$out/loss_$n.png"
+        --label composed baseline -o "$out/loss_$n.png"
     models+=("$out/pruned_$n.pth" "$out/composed_$n.pth" "$out/finetuned_$n.pth" "$out/baseline_$n.pth")
 done
-make "$out/scores.json" evaluate.py -m "${models[@]}" --json "$out/scores.json" --examples 1 "${data[@]}"
+make "$out/scores.json" evaluate.py -m "${models[@]}" --json "$out/scores.json" --plot "$out/quality.png" \
+    --overwrite "${data[@]}"
 "$python" runs/summary.py "$out"

@@ -1,6 +1,5 @@
-"""A small T5, a small corpus and every artifact made from them, once a session; stages run in-process."""
+"""A small T5, a small text and every artifact made from them, once a session; stages run in-process."""
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -8,27 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from common import cli, demo_corpus
+from common import cli
+from tests.small import ROOT, load_stage, save_folder, write_corpus
 
-ROOT = Path(__file__).parent.parent
 # A shell that runs the tests in the background has them ignore Ctrl-C; the stages' handling of it is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # The tests on real input need a folder with Multi30K and one with a small T5 trained on it; without they are skipped.
 REAL_DATA = Path(os.environ.get("MULTI30K_DIR", ROOT / "data" / "multi30k"))
 REAL_TEACHER = Path(os.environ.get("TEACHER_DIR", ROOT / "data" / "teacher"))
-
-SMALL = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2,
-         "decoder_start_token_id": 0, "dropout_rate": 0.1}
-
-
-def load_stage(name: str):
-    """Import a stage script; hyphenated names are no module names."""
-    spec = importlib.util.spec_from_file_location(name.replace("-", "_"), ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -45,55 +32,13 @@ def stage(capsys, monkeypatch):
     return run
 
 
-def write_corpus(folder: Path, sizes=(200, 40, 30)) -> None:
-    """Write the start of the demo corpus as a Multi30K folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    splits = demo_corpus.build()
-    for split, name, size in zip(("train", "val", "test"), ("train", "val", "test_2016_flickr"), sizes, strict=True):
-        for i, language in enumerate(("en", "de")):
-            lines = [pair[i] + "\n" for pair in splits[split][:size]]
-            (folder / f"{name}.{language}").write_text("".join(lines), encoding="utf-8")
-
-
-def make_tokenizer(vocabulary: int = 300):
-    """Train a small unigram tokenizer on the demo corpus."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=vocabulary, special_tokens=["<pad>", "</s>", "<unk>"],
-                                      unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator((s for pair in demo_corpus.build()["train"][:300] for s in pair), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return tokenizer
-
-
-def save_folder(folder: Path, kind: str = "t5", seed: int = 0, untie: bool = False, **changes):
-    """Write a small random Hugging Face T5 or mT5 folder with ``tokenizer.json``; return the network."""
-    from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer = make_tokenizer()
-    torch.manual_seed(seed)
-    config, network = (T5Config, T5ForConditionalGeneration) if kind == "t5" else (
-        MT5Config, MT5ForConditionalGeneration)
-    model = network(config(**(SMALL | {"vocab_size": tokenizer.get_vocab_size()} | changes))).eval()
-    if untie:
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
-    folder.mkdir(parents=True)
-    model.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return model
-
-
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """A folder with everything the stages make, built by the stages themselves; read-only for the tests."""
     folder = tmp_path_factory.mktemp("made")
     write_corpus(folder / "text")
     save_folder(folder / "hub")
-    data = ["--data-dir", str(folder / "text")]
+    data = ["--data", folder / "text"]
 
     def run(name, *arguments):
         assert load_stage(name).main([str(a) for a in arguments]) == 0, name
@@ -119,15 +64,16 @@ def work(made, tmp_path):
 @pytest.fixture(scope="session")
 def origin(made):
     """The small original model, loaded anew (session-wide, do not change it)."""
-    from common import models
+    from common.t5 import model
 
-    return models.load(made / "origin.pth")
+    return model.load(made / "origin.pth")
 
 
 @pytest.fixture(scope="session")
 def text(made, origin):
     """The small corpus, tokenised: (training, validation) batches."""
-    from common.data import Batches, DataOptions, read_pairs
+    from common.text.batches import Batches
+    from common.text.corpus import Corpus, read_pairs
 
-    options = DataOptions("multi30k", made / "text", "en", "de", "test_2016_flickr")
-    return tuple(Batches(read_pairs(options, split), origin, 400) for split in ("train", "val"))
+    corpus = Corpus(made / "text", "en", "de")
+    return tuple(Batches(read_pairs(corpus, split), origin, 400) for split in ("train", "val"))

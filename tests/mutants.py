@@ -1,30 +1,95 @@
-"""Mutated files of every kind, and the parsers that must read or refuse them: for test_fuzz and benchmarks/fuzz."""
+"""Mutated and hostile files of every kind, and the parsers that must read or refuse them."""
 
 import contextlib
 import gzip
 import hashlib
 import io
 import json
+import pickle
+import resource
 import signal
 import zipfile
 from pathlib import Path
 
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
-import plot_loss
-from common import bank, composition, configs, data, hub, models, search, training
-from common.files import UserError
-from common.provenance import ancestry
-from tests.conftest import save_folder, write_corpus
+from common.errors import UserError
+from common.files import archive
+from common.files.jsonfile import sealed
+from common.files.provenance import ancestry
+from common.training import loop
+from tests.small import load_stage
 
-SECONDS = 20
+SECONDS = 30  # of CPU time, however busy the machine is
 ODD = [None, True, False, -1, 0, 1, 2, 0.5, 1.0, 1e308, -0.0, 2**31, 2**63, 10**400, "", "x", "\x1b[2J", "\ud800",
        "0" * 64, "é" * 300, "encoder.block.0.layer.0.SelfAttention", "../../etc/passwd", [], {}, [[]], [0], {"a": []},
        {"": None}]
 
 
+def examples(number: int):
+    """Return settings: the same examples every time, no shrinking of a seed."""
+    return settings(max_examples=number, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+                    suppress_health_check=list(HealthCheck))
+
+
+class Hostile:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
 class Hang(BaseException):
-    """A parser took longer than `SECONDS`."""
+    """Something took more CPU time than it may."""
+
+
+@contextlib.contextmanager
+def cpu_limit(seconds: float):
+    """Raise `Hang` when the block has used so much CPU time."""
+    def stop(signum, frame):
+        raise Hang
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+@contextlib.contextmanager
+def address_space(left: int):
+    """Leave the process so many bytes of address space beyond those that it has."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + left, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def reseal(data: bytes, comment: bool = True) -> bytes:
+    """Return a zip file with a new seal; ``comment``: it has one already, which does not fit any more."""
+    file = io.BytesIO()
+    file.write(data[:-archive._SEAL_BYTES - 2] + b"\0\0" if comment else data)
+    archive._seal_file(file)
+    return file.getvalue()
+
+
+def sealed_pickle(value) -> bytes:
+    """Return a sealed file around any pickle."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as zipped:
+        zipped.writestr("archive/data.pkl", pickle.dumps(value, 2))
+        zipped.writestr("archive/version", "3\n")
+        zipped.writestr("archive/byteorder", "little")
+    return reseal(file.getvalue(), comment=False)
 
 
 def flip(data: bytes, rng) -> bytes:
@@ -38,7 +103,7 @@ def flip(data: bytes, rng) -> bytes:
         elif kind == 2:
             data[a:] = b""
         elif kind == 3:
-            data[a:a] = rng.choice((b"\0", b"\xff\xfe", b"\n", b'"', b",", b"[" * 200, b"9" * 30, b"1e999", b"NaN"))
+            data[a:a] = rng.choice((b"\0", b"\xff\xfe", b"\n", b"\r", b'"', b",", b"[" * 200, b"9" * 30, b"NaN"))
         elif kind == 4:
             data[a:min(b, a + 500)] = b""
         else:
@@ -77,8 +142,24 @@ def mutate_json(data: bytes, rng) -> bytes:
     content = swap(json.loads(data), rng)
     if isinstance(content, dict) and rng.randrange(4) and content.pop("digest", None):
         with contextlib.suppress(UnicodeEncodeError):  # half a character: no digest of it can be written
-            return configs.sealed(content)
+            return sealed(content)
     return json.dumps(content).encode()
+
+
+def bank_parts(data: bytes) -> tuple[bytearray, dict]:
+    """Return the variants' data and the index of a bank."""
+    length = int.from_bytes(data[-40:-32], "little")
+    return bytearray(data[128:-40 - length]), json.loads(data[-40 - length:-40])
+
+
+def bank_of(body: bytes, index) -> bytes:
+    """Return a bank with header and checksums that fit."""
+    from common.pruning.bank import _header
+
+    text = json.dumps(index).encode()
+    tail = text + len(text).to_bytes(8, "little")
+    whole = bytes(body) + tail + hashlib.sha256(tail).digest()
+    return _header(len(whole)) + whole
 
 
 def mutate_bank(data: bytes, rng) -> bytes:
@@ -86,123 +167,133 @@ def mutate_bank(data: bytes, rng) -> bytes:
     kind = rng.randrange(4)
     if kind == 0:
         return flip(data, rng)
-    length = int.from_bytes(data[-40:-32], "little")
-    body, index = bytearray(data[128:-40 - length]), json.loads(data[-40 - length:-40])
-    if kind == 1:
-        for entry in rng.sample(index["variants"], 2):
-            body[entry["offset"] + rng.randrange(entry["bytes"])] ^= 1 << rng.randrange(8)
-            part = body[entry["offset"]:entry["offset"] + entry["bytes"]]
-            entry["sha256"] = hashlib.sha256(part).hexdigest()
-    else:
-        index = swap(index, rng)
-    text = json.dumps(index).encode()
-    tail = text + len(text).to_bytes(8, "little")
-    whole = bytes(body) + tail + hashlib.sha256(tail).digest()
-    return bank._header(len(whole)) + whole
+    body, index = bank_parts(data)
+    if kind > 1:
+        return bank_of(body, swap(index, rng))
+    for entry in rng.sample(index["variants"], 2):
+        body[entry["offset"] + rng.randrange(entry["bytes"])] ^= 1 << rng.randrange(8)
+        entry["sha256"] = hashlib.sha256(body[entry["offset"]:entry["offset"] + entry["bytes"]]).hexdigest()
+    return bank_of(body, index)
 
 
 def mutate_sealed(data: bytes, rng) -> bytes:
     """Mutate a sealed file: its bytes, the same with a new seal, its pickle in a sound zip, or its content."""
-
-    kind = rng.randrange(8)
-    if kind == 0:
-        return flip(data, rng)
-    file = io.BytesIO()
-    if kind == 1:
-        file.write(flip(data[:-models._SEAL_BYTES - 2], rng) + b"\0\0")
-    elif kind == 2:
+    kind, file = rng.randrange(8), io.BytesIO()
+    if kind <= 1:
+        mutant = flip(data, rng)
+        return mutant if kind == 0 or len(mutant) < 200 else reseal(mutant)
+    if kind == 2:
         with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
             for entry in old.infolist():
                 raw = old.read(entry)
                 new.writestr(entry.filename, flip(raw, rng) if entry.filename.endswith(".pkl") else raw)
     else:
         torch.save(swap(torch.load(io.BytesIO(data), weights_only=True), rng), file)
-    if file.tell() < 22:
-        return file.getvalue()
-    models._seal_file(file)
-    return file.getvalue()
+    return reseal(file.getvalue(), comment=False)
+
+
+class ToyText:
+    """Text of a `Toy`: two batches an epoch."""
+
+    sha256 = "0" * 64
+
+    def epoch(self, number):
+        return [[1.0, 2.0], [3.0, 4.0]]
+
+    def collate(self, examples, device):
+        return torch.tensor(examples)
+
+    def fixed(self, device):
+        return [torch.ones(2)]
+
+
+class Toy(torch.nn.Linear):
+    """An objective of six weights."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(2, 2)
+
+    def forward(self, x):
+        return super().forward(x).square().sum(), 1
+
+
+def train_toy(folder: Path, objective=None, **options) -> loop.FitResult:
+    """Train a `Toy`; its checkpoint goes to ``folder``/cp."""
+    options = loop.FitOptions(**{"epochs": 2, "lr": 1e-3, "stats": folder / "s.csv", "checkpoint": folder / "cp"} | options)
+    return loop.fit(objective or Toy(), ToyText(), ToyText(), options, device="cpu", fingerprint={"a": 1},
+                    log=lambda text: None)
 
 
 class Parsers:
-    """Valid samples of every kind in ``folder``, and what reads them: ``parsers[kind]() `` parses ``paths[kind]``."""
+    """Valid samples of every kind in ``folder``, and what reads them: ``parsers[kind]()`` parses ``paths[kind]``."""
 
-    def __init__(self, folder: Path):
-        torch.set_num_threads(1)
-        write_corpus(folder, (12, 4, 2))
-        save_folder(folder / "hub", d_model=8, d_kv=2, d_ff=8, num_heads=2, num_layers=1, num_decoder_layers=1)
-        model = hub.load_folder(folder / "hub", "en", "de")
+    def __init__(self, folder: Path, made: Path):
+        """``made`` is the folder of the fixture, whose tokenizer and text are used."""
+        from common.pruning import bank, composition, configurations, search, variants
+        from common.pruning import scheme as schemes
+        from common.t5 import folder as folders
+        from common.t5 import model as models
+        from common.t5.network import build_network
+        from common.text import corpus
+
+        origin = models.load(made / "origin.pth")
         conf = [{"encoder.block.0.layer.0.SelfAttention": 0.5, "encoder.block.0.layer.1.DenseReluDense.wi": 0.8},
                 {"decoder.block.0.layer.1.EncDecAttention.o": 0.25}]
+        told = {"stage": "x", "arguments": {"a": 1}, "inputs": {"m": {"file": "f", "sha256": "", "provenance": {}}}}
         (folder / "conf.json").write_text(json.dumps(conf))
-        scheme = configs.make_scheme(conf)
-        origin = {"stage": "x", "arguments": {"a": 1}, "inputs": {"m": {"file": "f", "sha256": "", "provenance": {}}}}
-        configs.write_scheme(folder / "scheme.json", scheme, origin)
-        with bank.create(folder / "bank.npy", "0" * 64, configs.scheme_digest(scheme), None, origin) as writer:
-            for variant in composition.prune_scheme(model.network, scheme):
+        schemes.write_scheme(folder / "scheme.json", schemes.make_scheme(conf), told)
+        self.paths = {"configuration": folder / "conf.json", "scheme": folder / "scheme.json",
+                      "sensitivity": folder / "sensitivity.json", "bank": folder / "bank.npy",
+                      "statistics": folder / "s.csv", "corpus": folder / "train.en",
+                      "packed corpus": folder / "val.en.gz", "checkpoint": folder / "cp" / "checkpoint.pth",
+                      "model": folder / "model.pth", "hub folder": folder / "config.json"}
+        # The smallest T5 that has every kind of module.
+        network = build_network({
+            "model_type": "t5", "d_model": 8, "d_kv": 2, "d_ff": 8, "num_heads": 2, "num_layers": 1,
+            "num_decoder_layers": 1, "vocab_size": origin.network.config.vocab_size, "pad_token_id": 0,
+            "eos_token_id": 1, "decoder_start_token_id": 0}).to_empty(device="cpu")
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter)
+        tiny = models.Model(network, origin.tokenizer_json, provenance=told)
+        with bank.create(folder / "bank.npy", "0" * 64, "0" * 64, None, told) as writer:
+            for variant in variants.prune_scheme(tiny, schemes.make_scheme(conf)):
                 writer.add(variant)
-                composition.install(model, variant)
+                composition.install(tiny, variant)
+        models.save(folder / "model.pth", tiny)
         opened, of = bank.load(folder / "bank.npy"), {"model": "0" * 64, "bank": "1" * 64}
         search.write(folder / "sensitivity.json", search.Sensitivity(2.0, dict.fromkeys(opened.entries, 2.5)), of)
-        sizes = search.kept_weights(model.network, opened)[0]
-        model.provenance = origin
-        models.save(folder / "model.pth", model)
-        torch.manual_seed(0)
-
-        class Text:
-            sha256 = "0" * 64
-
-            def epoch(self, number):
-                return [[1.0, 2.0], [3.0, 4.0]]
-
-            def collate(self, examples, device):
-                return torch.tensor(examples)
-
-            def fixed(self, device):
-                return [torch.ones(2)]
-
-        class Toy(torch.nn.Linear):
-            def forward(self, x):
-                return super().forward(x).square().sum(), 1
-
-        def train(epochs, resume=True):
-            options = training.FitOptions(epochs, 1e-3, folder / "cp", resume=resume)
-            training.fit(Toy(2, 2), Text(), Text(), options, device="cpu", stats=folder / "stats.csv",
-                         fingerprint={"a": 1}, log=lambda text: None)
-
-        train(1, resume=False)
+        sizes = search.kept_weights(tiny, opened)[0]
+        train_toy(folder, epochs=1)
+        (folder / "config.json").write_bytes((made / "hub" / "config.json").read_bytes())
+        for language in ("en", "de"):
+            lines = (made / "text" / f"val.{language}").read_bytes().splitlines(keepends=True)[:12]
+            (folder / f"train.{language}").write_bytes(b"".join(lines))
+            (folder / f"val.{language}.gz").write_bytes(gzip.compress(b"".join(lines)))
+        self.samples = {kind: path.read_bytes() for kind, path in self.paths.items()}
+        text, plot_loss = corpus.Corpus(folder, "en", "de"), load_stage("plot_loss")
 
         def read_model():
             loaded = models.load(folder / "model.pth")
-            batches = data.Batches([("A man.", "Ein Mann.")], loaded, 100)
-            training.evaluate(training.TranslationLoss(models.place(loaded.network, "cpu")), batches, "cpu")
             models.save(folder / "again.pth", loaded)
             ancestry(loaded.provenance)
 
         def read_bank():
             opened = bank.load(folder / "bank.npy")
             for key in opened.entries:
-                composition.install(model, opened.read(key))
+                composition.install(tiny, opened.read(key))
             ancestry(opened.provenance)
 
         def read_sensitivity():
             search.front(search.read(folder / "sensitivity.json", opened, of), sizes).configuration(0)
 
-        self.paths = {"configuration": folder / "conf.json", "scheme": folder / "scheme.json",
-                      "sensitivity": folder / "sensitivity.json",
-                      "bank": folder / "bank.npy", "statistics": folder / "stats.csv", "corpus": folder / "train.en",
-                      "packed corpus": folder / "val.en.gz", "checkpoint": folder / "cp" / "checkpoint.pth",
-                      "model": folder / "model.pth", "hub folder": folder / "hub" / "config.json"}
-        (folder / "val.en.gz").write_bytes(gzip.compress((folder / "val.en").read_bytes()))
-        (folder / "val.en").unlink()
-        self.samples = {kind: path.read_bytes() for kind, path in self.paths.items()}
-        text = data.DataOptions("multi30k", folder, "en", "de", "test")
         self.parsers = {
-            "configuration": lambda: configs.make_scheme(configs.read_configurations(folder / "conf.json")),
-            "scheme": lambda: ancestry(configs.read_scheme(folder / "scheme.json")[1]), "bank": read_bank,
-            "sensitivity": read_sensitivity, "statistics": lambda: plot_loss.read(folder / "stats.csv"),
-            "corpus": lambda: data.read_pairs(text, "train"), "packed corpus": lambda: data.read_pairs(text, "val"),
-            "checkpoint": lambda: train(2), "model": read_model,
-            "hub folder": lambda: models.read_config(folder / "hub")}
+            "configuration": lambda: schemes.make_scheme(configurations.read_configurations(folder / "conf.json")),
+            "scheme": lambda: ancestry(schemes.read_scheme(folder / "scheme.json")[1]), "bank": read_bank,
+            "sensitivity": read_sensitivity, "statistics": lambda: plot_loss.read(folder / "s.csv"),
+            "corpus": lambda: corpus.read_pairs(text, "train"), "packed corpus": lambda: corpus.read_pairs(text, "val"),
+            "checkpoint": lambda: train_toy(folder, resume=True), "model": read_model,
+            "hub folder": lambda: folders.read_config(folder)}
 
     def mutate(self, kind: str, rng) -> bytes:
         """Return a mutant of the kind's sample."""
@@ -220,20 +311,12 @@ class Parsers:
     def outcome(self, kind: str, mutant: bytes) -> str | None:
         """Parse a mutant; return None for success, the text of a `UserError`; all else is raised."""
         self.paths[kind].write_bytes(mutant)
-        before = signal.signal(signal.SIGALRM, hang)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
-            self.parsers[kind]()
+            with cpu_limit(SECONDS):
+                self.parsers[kind]()
         except UserError as error:
             return str(error)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
         return None
-
-
-def hang(signum, frame):
-    raise Hang
 
 
 def complaint(message: str) -> str | None:

@@ -1,0 +1,69 @@
+"""Configurations, {module: rate}: which fraction of each module of a model is removed."""
+
+from pathlib import Path
+
+from common.errors import UserError, brief, refuse
+from common.files.jsonfile import read_json
+from common.t5.modules import block_of, kind_of, members
+
+Configuration = dict[str, float]
+
+
+def uniform(kinds: dict[str, str], attention: float, linear: float) -> Configuration:
+    """Return the configuration that prunes every attention at one rate and every linear module at another."""
+    return {name: attention if kind == "attention" else linear for name, kind in kinds.items()}
+
+
+def rate_problem(value) -> str | None:
+    """Say why a value out of a file is no pruning rate, or return None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"pruning rate {brief(value)} is not a number"
+    if not 0 <= value < 1:
+        return f"pruning rate {brief(value)} is not in [0, 1)"
+    return None
+
+
+def read_configurations(path: Path) -> list[Configuration]:
+    """Read and check a configuration file.
+
+    Raises:
+        UserError: lists every problem of the file, each with its configuration and module.
+    """
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise UserError(f"{path}: a configuration file is a list of {{module: rate}}, this is a "
+                        f"{type(content).__name__}; config_generator.py writes one")
+    if not content:
+        raise UserError(f"{path}: holds no configuration")
+    problems = []
+    for n, configuration in enumerate(content):
+        if not isinstance(configuration, dict):
+            problems.append(f"configuration {n}: is not {{module: rate}}")
+            continue
+        for name, value in configuration.items():
+            if kind_of(name) is None:
+                problems.append(f"configuration {n}: {name!r:.100}: is not a module that can be pruned")
+            elif problem := rate_problem(value):
+                problems.append(f"configuration {n}: {name}: {problem}")
+    refuse(path, problems)
+    return [{name: float(value) for name, value in c.items()} for c in content]
+
+
+def nth(configurations: list[Configuration], n: int, path: Path) -> Configuration:
+    """Return configuration ``n`` (from 0), or raise `UserError` with the valid range."""
+    if n >= len(configurations):
+        raise UserError(f"{path}: there is no configuration {n}; it holds {len(configurations)}, numbered from 0 "
+                        f"to {len(configurations) - 1}")
+    return configurations[n]
+
+
+def check_modules(names, kinds: dict[str, str], path: Path) -> None:
+    """Raise `UserError` naming every module in ``names`` that the model (``kinds``) does not have."""
+    refuse(path, [f"{name}: the model has no such module" for name in names if name not in kinds])
+
+
+def required_variants(configuration: Configuration) -> dict[str, tuple[float, ...]]:
+    """Return {block: rates of its members}, leaving out the blocks that stay as they are."""
+    blocks = dict.fromkeys(block_of(name) for name in configuration)
+    rates = {b: tuple(float(configuration.get(m, 0.0)) for m in members(b)) for b in blocks}
+    return {block: r for block, r in rates.items() if any(r)}

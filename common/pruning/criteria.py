@@ -1,0 +1,149 @@
+"""What is removed at a pruning rate: from weights, and for obs their inputs' second moments, to masks.
+
+A mask is a bool tensor of the weight's shape, True where the weight is kept.
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+
+from common.errors import UserError
+from common.least_squares import solve
+
+OBS_KEPT = 0.85  # with 0.67, 4 steps to 80 % instead of 10, a composed model's loss is higher by 0.014
+
+
+def removed_count(rate: float, count: int) -> int:
+    """Return rate × count, rounded half up: how many of ``count`` things a pruning rate removes.
+
+    The rate is taken as the decimal number the user wrote: 0.145 of 1,000 is 145, though the nearest binary
+    fraction lies below.
+    """
+    return math.floor(Fraction(repr(float(rate))) * count + Fraction(1, 2))
+
+
+def removed_of(rate: float, present: torch.Tensor) -> int:
+    """Return how many entries are gone after a rate: those that were gone before, and the rate's of the rest.
+
+    Args:
+        present: bool, True for what is there; a model that was pruned before has less.
+    """
+    there = int(present.sum())
+    return present.numel() - there + removed_count(rate, there)
+
+
+def smallest_removed(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a mask of ``scores``' shape without its ``count`` smallest entries; ties fall to the first ones."""
+    order = torch.sort(scores.flatten(), stable=True).indices[:count]
+    mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[order] = False
+    return mask.view(scores.shape)
+
+
+def magnitude_mask(weight: torch.Tensor, rate: float, present: torch.Tensor | None = None) -> torch.Tensor:
+    """Remove single weights of least magnitude (l1-unstructured, as `torch.nn.utils.prune.l1_unstructured`).
+
+    Args:
+        present: bool, as ``weight``, False for weights that were removed before (default: all are there).
+    """
+    present = torch.ones_like(weight, dtype=torch.bool) if present is None else present
+    return smallest_removed(torch.where(present, weight.abs(), -1.0), removed_of(rate, present))
+
+
+def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, present: torch.Tensor, inputs: torch.Tensor,
+              damping: float = 1e-2) -> list[torch.Tensor]:
+    """Remove, step by step, weights of least w² / [G⁻¹]ⱼⱼ; between two steps the others are re-fitted.
+
+    The score is the error a weight alone would leave, its row's others re-fitted: Hassibi & Stork (1993, "Optimal
+    Brain Surgeon"), with the inverse shared by the rows as in Frantar & Alistarh (2023, "SparseGPT"); ``damping`` is
+    a fraction of G's mean diagonal, theirs too. Every step leaves `OBS_KEPT` of the weights, whatever the rates, so
+    a rate's mask depends on no other rate, and all rates share the fits.
+
+    Args:
+        present: bool, as ``weight``, False for weights that were removed before.
+        inputs: (in,) bool, False for inputs that are zero in the pruned model (those of removed heads): their weights
+            are the first that a rate removes, and are removed at any rate; the others are re-fitted before the first
+            step too.
+
+    Returns:
+        A mask for each of ``rates``, in their order.
+    """
+    ridge = max(damping * float(gram.diagonal().mean()), 1e-30)
+    a = (gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device))[inputs][:, inputs]
+    inverse = torch.ones_like(gram[0])  # for inputs that are not there of no account
+    inverse[inputs] = torch.cholesky_inverse(torch.linalg.cholesky(a)).diagonal()
+    cross, mask = weight.double() @ gram, present & inputs
+    kept = int(mask.sum())
+    fitted = weight.double() if inputs.all() else solve(gram, cross, weight, mask).weight
+    masks, pending = {}, sorted(set(rates), reverse=True)
+    while pending:
+        scores = torch.where(mask, fitted.square() / inverse, -1.0)
+        kept = int(OBS_KEPT * kept)
+        while pending and weight.numel() - (removed := removed_of(pending[-1], present)) >= kept:
+            masks[pending.pop()] = smallest_removed(scores, removed) & mask
+        if pending:
+            mask = smallest_removed(scores, weight.numel() - kept)
+            fitted = solve(gram, cross, weight, mask).weight
+    return [masks[rate] for rate in rates]
+
+
+def head_mask_by_output(o: torch.Tensor, gram: torch.Tensor, rate: float, present: torch.Tensor) -> torch.Tensor:
+    """Remove heads one by one, each time the one whose loss changes the attention's output least; shape (heads,).
+
+    Without the heads R the output o·x loses E‖o_R x_R‖² = Σ_{h,h' ∈ R} ⟨o_hᵀ o_h', G_hh'⟩.
+
+    Args:
+        o: (d_model, heads × d_kv).
+        gram: E[x xᵀ] of o's input, (heads × d_kv, heads × d_kv), float64.
+        present: (heads,) bool, the heads that are there.
+
+    Raises:
+        UserError: the rate would remove every head.
+    """
+    heads = len(present)
+    pairs = ((o.double().T @ o.double()) * gram).view(heads, -1, heads, gram.shape[0] // heads).sum(dim=(1, 3))
+    kept = present.to(gram.device).clone()
+    for _ in range(check_removed_heads(rate, int(present.sum()))):
+        removed = ~kept
+        # Adding h to R adds its own loss and what it shares with those removed already, counted twice.
+        cost = pairs.diagonal() + 2 * pairs[:, removed].sum(dim=1)
+        kept[torch.where(kept, cost, torch.inf).argmin()] = False
+    return kept
+
+
+def head_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return each head's joint l1 norm of its q, k and v rows, shape (heads,)."""
+    return sum(w.abs().reshape(heads, -1).double().sum(dim=1) for w in (q, k, v))
+
+
+def head_mask(scores: torch.Tensor, rate: float, present: torch.Tensor) -> torch.Tensor:
+    """Remove the heads of lowest score among those ``present`` (heads,) bool; shape (heads,).
+
+    Raises:
+        UserError: the rate would remove every head.
+    """
+    check_removed_heads(rate, int(present.sum()))
+    return smallest_removed(torch.where(present, scores, -1.0), removed_of(rate, present))
+
+
+def check_removed_heads(rate: float, heads: int) -> int:
+    """Return how many heads a rate removes, or raise `UserError` if that is all of them."""
+    removed = removed_count(rate, heads)
+    if removed >= heads:
+        raise UserError(f"pruning rate {rate:g} removes all {heads} heads; the highest that leaves one is below "
+                        f"{(heads - 0.5) / heads:g}")
+    return removed
+
+
+def attention_masks(heads_kept: torch.Tensor, q: torch.Tensor, o_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the weight masks of an attention whose heads ``heads_kept`` (heads,) remain.
+
+    Args:
+        q: any weight of q, k, v, shape (heads × d_kv, d_model).
+        o_mask: mask of the out-projection by its own rate, shape (d_model, heads × d_kv). The columns that
+            read a removed head multiply zeros, so they are removed too, if they are not yet.
+    """
+    inner = heads_kept.repeat_interleave(q.shape[0] // heads_kept.numel())
+    rows = inner[:, None].expand(q.shape)
+    return {"q": rows, "k": rows, "v": rows, "o": o_mask & inner[None, :]}

@@ -1,0 +1,180 @@
+"""The ``.pth`` model file: one plain dictionary of tensors, strings and numbers that holds a whole model.
+
+Layout (``torch.load(path, weights_only=True, mmap=True)`` reads it)::
+
+    format, version     what this is
+    config              the model's Hugging Face configuration, JSON
+    tokenizer           the tokenizer (`tokenizers` library), JSON
+    prefix              text put before each source sentence
+    source, target      languages, parts of the names of text files; en and de where a file has none
+    weights             {name: float32 tensor}, tied tensors once
+    aliases             {name: name in weights} for tied tensors, JSON
+    masks               {weight name: bits (numpy.packbits) of the mask}, for pruned weights
+    identity            SHA-256 over all of the above
+    provenance          stage, arguments, seed, versions and the files it was made from, JSON
+
+It is a sealed archive, see `common.files.archive`.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import UserError, brief
+from common.files.archive import all_plain, is_text, load_sealed, save_sealed
+from common.files.jsonfile import parse_json, to_json
+from common.files.provenance import is_provenance
+from common.t5.modules import block_of, prunable, weight_names
+from common.t5.network import CONFIG_KEYS, LIMITS, build_network, sparsity
+from common.text.corpus import LANGUAGE
+
+FORMAT = "composable-pruning model"
+VERSION = 1
+
+
+@dataclass
+class Model:
+    """A translation model and all it needs: network, tokenizer, prefix, languages, masks, origin."""
+
+    network: torch.nn.Module
+    tokenizer_json: str
+    prefix: str = ""
+    source: str = "en"  # language translated from
+    target: str = "de"
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    identity: str = ""
+    provenance: dict = field(default_factory=dict)
+
+    @property
+    def tokenizer(self):
+        """The `tokenizers.Tokenizer`; `common.text.batches` appends the end-of-sentence token where it does not.
+
+        Raises:
+            UserError: the text describes no tokenizer.
+        """
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        except Exception as error:
+            raise UserError(f"its tokenizer cannot be read: {str(error):.150}") from None
+        tokenizer.no_padding()  # a foreign file may ask for a billion tokens of it
+        tokenizer.no_truncation()
+        return tokenizer
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return a bool mask as bits, eight to a byte, row by row."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def unpack_mask(bits: torch.Tensor, shape) -> torch.Tensor:
+    """Return the bool mask of ``shape`` that `pack_mask` packed."""
+    flat = np.unpackbits(bits.numpy(), count=int(np.prod(shape)))
+    return torch.from_numpy(flat.view(bool)).view(*shape)
+
+
+def _identity(content: dict) -> str:
+    value = hashlib.sha256()
+    for key in ("config", "tokenizer", "prefix", "aliases"):
+        value.update(f"{key}:{len(content[key])}:{content[key]}".encode())
+    for group in ("weights", "masks"):
+        for name, tensor in sorted(content[group].items()):
+            value.update(f"{group}:{name}:{tuple(tensor.shape)}".encode())
+            value.update(tensor.detach().contiguous().numpy().data)
+    return value.hexdigest()
+
+
+def save(path: Path, model: Model) -> None:
+    """Write a model file atomically and set ``model.identity``.
+
+    Weights are stored in float32; weights outside a mask must be exactly zero already.
+    """
+    network = model.network
+    first: dict[int, str] = {}
+    weights, aliases = {}, {}
+    for name, p in network.state_dict(keep_vars=True).items():
+        if id(p) in first:
+            aliases[name] = first[id(p)]
+        else:
+            first[id(p)] = name
+            weights[name] = p.detach().to("cpu", torch.float32).contiguous()
+    for name, mask in model.masks.items():
+        assert not weights[name][~mask].any(), f"{name} has weights outside its mask"
+    config = network.config.to_dict()
+    keep = {k: config[k] for k in CONFIG_KEYS if config.get(k) is not None}
+    content = {
+        "format": FORMAT, "version": VERSION, "config": to_json(keep), "tokenizer": model.tokenizer_json,
+        "prefix": model.prefix, "source": model.source, "target": model.target,
+        "weights": weights, "aliases": to_json(aliases),
+        "masks": {name: pack_mask(mask) for name, mask in sorted(model.masks.items())},
+    }
+    model.identity = content["identity"] = _identity(content)
+    content["provenance"] = to_json(model.provenance)
+    save_sealed(path, content)
+
+
+def load(path: Path) -> Model:
+    """Read a model file; weights are mapped from disk copy-on-write, so loading costs no second copy.
+
+    Raises:
+        UserError: the file is missing, damaged, foreign, or does not fit together.
+    """
+    content = load_sealed(path, "a model file")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a model file of this toolkit; download_model.py makes one")
+    if type(content.get("version")) is not int or content["version"] != VERSION:  # a tensor compares elementwise
+        raise UserError(f"{path}: model file version {brief(content.get('version'))}, this toolkit reads {VERSION}")
+    broken = UserError(f"{path}: is not a complete model file of this toolkit")
+    content = {"source": "en", "target": "de"} | content
+    texts = ("config", "tokenizer", "prefix", "source", "target", "aliases", "identity", "provenance")
+    if not all(is_text(content.get(key)) for key in texts) or not re.fullmatch("[0-9a-f]{64}", content["identity"]):
+        raise broken
+    weights, packed = content.get("weights"), content.get("masks")
+    if not all_plain(weights, torch.float32) or not all_plain(packed, torch.uint8):
+        raise broken
+    config, aliases, provenance = (parse_json(content[k].encode(), f"{path}: {k}")
+                                   for k in ("config", "aliases", "provenance"))
+    if not isinstance(config, dict) or not isinstance(aliases, dict) or not is_provenance(provenance):
+        raise broken
+    for key in ("source", "target"):
+        if not LANGUAGE.fullmatch(content[key]):
+            raise UserError(f"{path}: its {key} language is {brief(content[key])}, not a name such as en")
+    network = build_network(config, str(path))
+    if not all(isinstance(getattr(network.config, key, None), int) for key in LIMITS if key.endswith("_token_id")):
+        raise broken
+    parameters = {name: torch.nn.Parameter(t) for name, t in weights.items()}
+    state = parameters | {name: parameters[of] for name, of in aliases.items() if is_text(of) and of in parameters}
+    shapes = {name: p.shape for name, p in network.state_dict().items()}
+    wrong = sorted(set(shapes) ^ set(state)) or [n for n in shapes if shapes[n] != state[n].shape]
+    if wrong:
+        raise UserError(f"{path}: its weights do not fit its configuration: {', '.join(map(brief, wrong[:3]))}")
+    not_finite = [name for name, t in weights.items() if not torch.isfinite(t).all()]
+    if not_finite:
+        raise UserError(f"{path}: weights that are not finite: {', '.join(not_finite[:3])}")
+    network.load_state_dict(state, assign=True)
+    maskable = {weight for name in prunable(network) for weight in weight_names(block_of(name))}
+    masks = {}
+    for name, bits in packed.items():
+        if name not in maskable or name not in weights or bits.numel() != -(-shapes[name].numel() // 8):
+            raise UserError(f"{path}: its mask of {brief(name)} does not fit")
+        masks[name] = unpack_mask(bits, shapes[name])
+        if weights[name][~masks[name]].any():
+            raise UserError(f"{path}: {name} has weights outside its mask")
+    model = Model(network, content["tokenizer"], content["prefix"], content["source"], content["target"], masks,
+                  content["identity"], provenance)
+    try:
+        _ = model.tokenizer
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return model
+
+
+def mask_report(model: Model) -> str:
+    """Return 'parameters, share of zeros' of a model in one phrase."""
+    total, zeros = sparsity(model.network)
+    return f"{total:,} parameters, {zeros / total:.1%} of them zero"

@@ -1,0 +1,194 @@
+"""The one walk over a T5's layers: what every sub-layer receives and gives, for a whole text, layer by layer.
+
+Held are the residual streams of the text before one sub-layer. Its batches are streamed through that sub-layer once,
+whoever consumes the walk takes what it needs of them, then the streams advance. So one pass gives every statistic, and
+memory is the text's streams and what one sub-layer's consumer keeps, whatever the model's depth. Two walks side by side
+compare two networks. (As SparseGPT, Frantar & Alistarh 2023, goes through a decoder block by block.)
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from common.least_squares import Moments
+from common.runtime import progress
+from common.t5.loss import shift_right
+
+ATTENTIONS = ("SelfAttention", "EncDecAttention")
+
+
+@dataclass
+class Stream:
+    """One batch on its way through a stack."""
+
+    states: torch.Tensor  # (batch, length, d_model), the residual stream before the next sub-layer
+    valid: torch.Tensor  # bool (batch, length): the tokens that count
+    mask: torch.Tensor  # additive, of self-attention: (batch or 1, 1, length or 1, length)
+    source: "Stream | None" = None  # the encoder's, at its end; what cross-attention reads
+    _inner: torch.Tensor | None = None
+    _output: torch.Tensor | None = None
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, width: int, *biases: torch.Tensor) -> torch.Tensor:
+    """Return softmax(q kᵀ + biases) v head by head; T5 does not scale q kᵀ.
+
+    Args:
+        q: (batch, length, heads × width); k, v: (batch, source length, heads × width).
+        biases: broadcast to (batch, heads, length, source length).
+
+    Returns:
+        (batch, length, heads × width).
+    """
+    q, k, v = (x.unflatten(2, (-1, width)).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(2, 3)
+    for bias in biases:
+        scores = scores + bias
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+class Sublayer:
+    """One sub-layer of a network and the streams before it. Weights changed here count from then on.
+
+    Attributes:
+        name: of its module, e.g. ``encoder.block.0.layer.1.DenseReluDense``.
+        splits: the streams of each text.
+        out: name of its module that writes into the residual stream, ``o`` or ``wo``.
+    """
+
+    def __init__(self, network, name: str, layer, splits: list[list[Stream]], positions: dict):
+        self.network, self.name, self.splits, self._norm = network, name, splits, layer.layer_norm
+        self.module, self._positions = network.get_submodule(name), positions
+        self.is_attention = name.endswith(ATTENTIONS)
+        self.crossed = name.endswith("EncDecAttention")
+        self.out = f"{name}.{'o' if self.is_attention else 'wo'}"
+        self._out = self.module.o if self.is_attention else self.module.wo
+
+    @property
+    def readers(self) -> list[tuple[str, ...]]:
+        """The linear modules that read the stream, by name, and as a second group those that read the source."""
+        parts = [("q",), ("k", "v")] if self.crossed else [("q", "k", "v")] if self.is_attention else \
+            [("wi_0", "wi_1") if hasattr(self.module, "wi_0") else ("wi",)]
+        return [tuple(f"{self.name}.{part}" for part in group) for group in parts]
+
+    def blocks(self, among) -> list[str]:
+        """Return which tuning blocks of ``among`` lie in this sub-layer: the attention, or wi (wi_0, wi_1) and wo."""
+        names = [self.name] if self.is_attention else [*self.readers[0], self.out]
+        return [name for name in names if name in among]
+
+    @torch.no_grad()
+    def inputs(self, stream: Stream) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what each group of `readers` receives, (batch, length, d_model), and which tokens count."""
+        own = self._norm(stream.states), stream.valid
+        return [own, (stream.source.states, stream.source.valid)] if self.crossed else [own]
+
+    def biases(self, stream: Stream) -> tuple[torch.Tensor, ...]:
+        """Return what an attention adds to its scores: its mask, in self-attention positions too."""
+        return (stream.source.mask,) if self.crossed else (self._position(stream), stream.mask)
+
+    @torch.no_grad()
+    def _position(self, stream: Stream) -> torch.Tensor:
+        """Return the relative position bias (1, heads, length, length), which the first layer has for all."""
+        length = stream.states.shape[1]
+        if length not in self._positions:
+            first = self.network.get_submodule(self.name.split(".")[0]).block[0].layer[0].SelfAttention
+            self._positions[length] = first.compute_bias(length, length)
+        return self._positions[length]
+
+    @torch.no_grad()
+    def inner(self, stream: Stream, hold: bool = False) -> torch.Tensor:
+        """Return what `out` receives, (batch, length, inner size), by the present weights of `readers`.
+
+        Args:
+            hold: keep it until the streams advance, because the weights of `out` change before that.
+        """
+        inputs = [x for x, _ in self.inputs(stream)]
+        if self.is_attention:
+            q, k, v = (getattr(self.module, part)(inputs[i]) for part, i in (("q", 0), ("k", -1), ("v", -1)))
+            inner = attend(q, k, v, self.module.key_value_proj_dim, *self.biases(stream))
+        elif hasattr(self.module, "wi_0"):
+            inner = self.module.act(self.module.wi_0(inputs[0])) * self.module.wi_1(inputs[0])
+        else:
+            inner = self.module.act(self.module.wi(inputs[0]))
+        if hold:
+            stream._inner = inner
+        else:
+            stream._output = self._out(inner)
+        return inner
+
+    @torch.no_grad()
+    def output(self, stream: Stream) -> torch.Tensor:
+        """Return what `out` adds to the stream (batch, length, d_model)."""
+        if stream._output is None:
+            stream._output = self._out(self.inner(stream, hold=True) if stream._inner is None else stream._inner)
+        return stream._output
+
+    def moments(self, split: int, blocks: list[str]) -> dict[str, Moments]:
+        """Return the moments of each block's input on one text (of an attention, its ``o``'s), shared where equal."""
+        reading = [block for block in blocks if block not in (self.name, self.out)]
+        writing = [block for block in blocks if block in (self.name, self.out)]
+        of_stream, of_inner = Moments(), Moments()
+        for stream in self.splits[split]:
+            if reading:
+                of_stream.add(self.inputs(stream)[0][0][stream.valid])
+            if writing:
+                of_inner.add(self.inner(stream)[stream.valid])
+        return dict.fromkeys(reading, of_stream) | dict.fromkeys(writing, of_inner)
+
+    def advance(self) -> None:
+        """Put all streams behind this sub-layer."""
+        for stream in (s for split in self.splits for s in split):
+            stream.states = stream.states + self.output(stream)
+            stream._inner = stream._output = None
+
+
+def _additive(allowed: torch.Tensor) -> torch.Tensor:
+    return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+
+
+def walk(network, splits: list, device, what: str = "") -> Iterator[Sublayer]:
+    """Yield every sub-layer of a T5 in execution order, with the streams of all texts before it.
+
+    Asking for the next one advances the streams, by the weights as they are then. The network runs in evaluation mode,
+    and ``lm_head`` not at all.
+
+    Args:
+        network: on ``device``; put into evaluation mode.
+        splits: texts, each an iterable of batches (`common.text.batches.Batches.collate`).
+        what: the work's name on a progress bar; without it there is none.
+    """
+    network.eval()
+    sublayers = _walk(network, [[{key: t.to(device) for key, t in batch.items()} for batch in s] for s in splits])
+    total = sum(len(block.layer) for stack in (network.encoder, network.decoder) for block in stack.block)
+    return progress(sublayers, what, total) if what else sublayers
+
+
+@torch.no_grad()
+def _walk(network, splits: list[list[dict]]) -> Iterator[Sublayer]:
+    sources = []
+    for split in splits:
+        valid = [batch["attention_mask"].bool() for batch in split]
+        sources.append([Stream(network.shared(batch["input_ids"]), v, _additive(v)[:, None, None])
+                        for batch, v in zip(split, valid, strict=True)])
+    yield from _walk_stack(network, "encoder", sources)
+    targets = []
+    for split, streams in zip(splits, sources, strict=True):
+        targets.append([])
+        for batch, source in zip(split, streams, strict=True):
+            ids = shift_right(batch["labels"], network.config)
+            causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+            targets[-1].append(Stream(network.shared(ids), batch["labels"] >= 0, _additive(causal)[None, None],
+                                      source))
+    yield from _walk_stack(network, "decoder", targets)
+
+
+def _walk_stack(network, name: str, splits: list[list[Stream]]) -> Iterator[Sublayer]:
+    stack, positions = network.get_submodule(name), {}
+    for i, block in enumerate(stack.block):
+        for j, layer in enumerate(block.layer):
+            kind = next((k for k in ATTENTIONS if hasattr(layer, k)), "DenseReluDense")
+            sublayer = Sublayer(network, f"{name}.block.{i}.layer.{j}.{kind}", layer, splits, positions)
+            yield sublayer
+            sublayer.advance()
+    for stream in (s for split in splits for s in split):
+        stream.states = stack.final_layer_norm(stream.states)

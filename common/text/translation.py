@@ -1,0 +1,119 @@
+"""Translate with a model and score the translations (sacreBLEU, chrF)."""
+
+import json
+import re
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from common.runtime import progress
+from common.t5.model import Model
+from common.text.batches import Batches
+
+LIMIT_RULE = "2 x source + 16"  # new tokens; source: tokens of the longest source sentence of the batch
+# Languages that put no spaces between words; sacreBLEU's default would take a sentence for one word.
+_BLEU_TOKENIZERS = {
+    "zh": {"zh", "zho", "chi", "cmn", "yue", "wuu", "lzh", "nan", "hak", "gan", "cn"},
+    "ja-mecab": {"ja", "jpn", "jp"},
+    "ko-mecab": {"ko", "kor"},
+    "char": {"th", "tha", "lo", "lao", "km", "khm", "my", "mya", "bur", "bo", "bod", "tib", "dz", "dzo"},
+}
+
+
+@dataclass
+class Translations:
+    """Translations in the order of the text, seconds, and the share that was cut at the limit of new tokens."""
+
+    texts: list[str]
+    seconds: float
+    hit_limit: float
+
+
+@dataclass
+class Scores:
+    """Corpus scores in 0–100, the signatures that make them comparable, and what a reader of them must know."""
+
+    bleu: float
+    bleu_signature: str
+    chrf: float
+    chrf_signature: str
+    notes: list[str] = field(default_factory=list)
+
+
+def cut(ids: list[int], config) -> list[int]:
+    """Return generated ids without the start token in front, without padding, and only up to the first end token.
+
+    By id: a tokenizer need not flag these tokens as special, and the start token may be an ordinary piece, which
+    counts as text elsewhere.
+    """
+    ids = ids[1:] if ids[:1] == [config.decoder_start_token_id] else ids
+    end = ids.index(config.eos_token_id) if config.eos_token_id in ids else len(ids)
+    return [i for i in ids[:end] if i != config.pad_token_id]
+
+
+def unknown(model: Model) -> int | None:
+    """Return the id of the tokenizer's unknown token, which is no text, or None."""
+    kind = json.loads(model.tokenizer_json).get("model") or {}
+    token = kind.get("unk_token")
+    return kind.get("unk_id") if token is None else model.tokenizer.token_to_id(token)
+
+
+@torch.no_grad()
+def translate(model: Model, batches: Batches, device, beams: int = 1,
+              max_new_tokens: int | None = None) -> Translations:
+    """Translate a split's source sentences, greedily or with beam search; mutates nothing but the network's mode.
+
+    Args:
+        max_new_tokens: where a translation without an end is cut; None is `LIMIT_RULE`.
+    """
+    network, tokenizer = model.network.eval(), model.tokenizer
+    config, no_text = network.config, unknown(model)
+    places = {id(example): i for i, example in enumerate(batches.dataset.examples)}
+    texts, unfinished, began = [""] * len(batches), 0, time.perf_counter()
+    with progress(total=len(batches), what="translating", unit=" sentences") as bar:
+        for examples in batches.epoch(None):
+            batch = batches.collate(examples, device)
+            ids = network.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=beams, do_sample=False,
+                max_new_tokens=max_new_tokens or 2 * batch["input_ids"].shape[1] + 16, use_cache=True,
+                pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id,
+                decoder_start_token_id=config.decoder_start_token_id).tolist()
+            unfinished += sum(config.eos_token_id not in row[1:] for row in ids)
+            pieces = [[i for i in cut(row, config) if i != no_text] for row in ids]
+            # Flags leave out what no id of the model names, T5's sentinels for example.
+            for example, text in zip(examples, tokenizer.decode_batch(pieces, skip_special_tokens=True), strict=True):
+                texts[places[id(example)]] = text.strip()
+            bar.update(len(examples))
+    return Translations(texts, time.perf_counter() - began, unfinished / len(batches))
+
+
+def bleu_tokenizer(language: str) -> str:
+    """Return the name of sacreBLEU's tokeniser for a language such as ``de``, ``zh-TW``, ``ja_XX`` or ``zho_Hans``."""
+    main = re.split("[-_]", language.lower())[0]
+    return next((name for name, languages in _BLEU_TOKENIZERS.items() if main in languages), "13a")
+
+
+def score(hypotheses: list[str], references: list[str], target: str, lowercase: bool = False) -> Scores:
+    """Score translations into the language ``target`` against one reference each with sacreBLEU and chrF.
+
+    BLEU: Papineni et al. (2002) as standardised by Post (2018), "A Call for Clarity in Reporting BLEU Scores";
+    chrF: Popović (2015).
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    name, notes = bleu_tokenizer(target), []
+    try:
+        bleu = BLEU(lowercase=lowercase, tokenize=name, force=True)  # force: no advice about sacreBLEU's own flags
+    except (ImportError, RuntimeError, AssertionError):  # no MeCab, or with another dictionary
+        bleu = BLEU(lowercase=lowercase, tokenize="char", force=True)
+        notes.append(f"BLEU of {target} counts characters; to count words as others do: pip install "
+                     f"'sacrebleu[{name[:2]}]'")
+    b, c = bleu.corpus_score(hypotheses, [references]), CHRF(lowercase=lowercase)
+    chrf = c.corpus_score(hypotheses, [references])
+    if not b.totals[3]:
+        notes.append(f"no translation into {target} is 4 words long, so BLEU is 0 however good they are; see chrF")
+    if name == "13a" and 2 * sum(r.endswith(" .") for r in references) > len(references):
+        notes.append(f"most {target} references end in a separate full stop: the text looks tokenised, and BLEU of "
+                     "tokenised text must not be compared with BLEU of plain text")
+    return Scores(b.score, str(bleu.get_signature()), chrf.score, str(c.get_signature()), notes)
