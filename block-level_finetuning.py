@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import cli
 from common.errors import UserError
-from common.files.atomic import check_inputs, outputs
+from common.files.atomic import check_inputs, check_outputs, outputs
 
 VARIANT_COLUMNS = ("block", "rates", "error_before", "error_after", "valid_error_before", "valid_error_after",
                    "seconds")
@@ -68,11 +68,11 @@ def tune_by_gradient(args, network, bank, writer, configurations, inputs, train,
     from common.tuning.gradient import BlockReconstruction
     from common.tuning.joint import JointTranslation
 
-    judge = BlockReconstruction(network, bank, valid, device)
+    judge, joint = BlockReconstruction(network, bank, valid, device), args.solver == "joint"
     before, objective = judge.errors(valid, device), judge
-    if args.solver == "joint":
+    if joint:
         objective = JointTranslation(network, bank, device, configurations, args.seed)
-    options = cli.fit_options(args, max_grad_norm=1.0 if args.solver == "joint" else None)
+    options = cli.fit_options(args, max_grad_norm=1.0 if joint else None, decay=joint)
     result = fit(objective, train, valid, options, device=device, fingerprint=fingerprint(vars(args), inputs))
     judge.masked = objective.masked
     table, after = [], judge.errors(valid, device)
@@ -85,6 +85,7 @@ def tune_by_gradient(args, network, bank, writer, configurations, inputs, train,
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     check_inputs(args.model, args.bank, args.configurations)
+    check_outputs(True, args.stats)  # a folder has no suffix
     variants, by_gradient = args.stats.with_suffix(".variants.csv"), args.solver != "exact"
     if args.configurations and args.solver != "joint":
         raise UserError("-c says what --solver joint draws; the other solvers tune each variant apart")

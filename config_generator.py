@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Write configurations: which fraction of each module is removed, for each pruned model wanted.
 
-Reads a model file. Either every attention is pruned at one rate and every linear module at another (--attention,
---linear). Or, with a tuned bank, the configurations are found that are expected to be best at a total --sparsity, or
-smallest for a --target-loss, whatever the rates. That needs one short evaluation for each variant of the bank, once
-(kept in BANK.sensitivity.json), and then weighs all combinations in seconds.
+Reads a model file. Either all modules of a kind are pruned at one rate (--attention, --feed-forward, --linear). Or,
+with a tuned bank, the configurations are found that are expected to be best at a total --sparsity, or smallest for a
+--target-loss, whatever the rates. That needs one short evaluation for each variant of the bank, once (kept in
+BANK.sensitivity.json), and then weighs all combinations in seconds.
 
     python config_generator.py -m origin_model.pth -o conf.json --attention 0.25 0.5 --linear 0.5 0.8
     python config_generator.py -m origin_model.pth -p finetuned_modules.npy -o best.json --sparsity 0.4 0.5
@@ -25,10 +25,13 @@ def build_parser():
     p = cli.parser(__doc__)
     cli.add_model(p, what="model file whose modules are listed")
     cli.add_output(p, "conf.json", "configuration file to write")
-    for kind, unit in (("attention", "heads"), ("linear", "weights")):
-        p.add_argument(f"--{kind}", type=cli.rate, nargs="+", metavar="R",
-                       help=f"fraction of {unit} removed in [0, 1), one for each configuration (default: evenly from "
-                            f"{MILD[kind]} to {HARSH[kind]})")
+    p.add_argument("--attention", type=cli.rate_or_all, nargs="+", metavar="R",
+                   help="fraction of heads removed, one for each configuration; 1 skips the sub-layers (default: "
+                        "evenly from 0.25 to 0.5, with --feed-forward 0)")
+    p.add_argument("--feed-forward", type=cli.rate_or_all, nargs="+", metavar="R",
+                   help="fraction of hidden units removed, likewise (default: 0)")
+    p.add_argument("--linear", type=cli.rate, nargs="+", metavar="R",
+                   help="fraction of single weights removed (default: evenly from 0.5 to 0.8, with --feed-forward 0)")
     p.add_argument("-n", "--number", type=cli.count, metavar="N",
                    help="number of configurations (default: as many as rates are given, else 3)")
     g = p.add_argument_group("search in a tuned bank")
@@ -46,27 +49,30 @@ def build_parser():
 def rates(args, kind: str, number: int) -> list[float]:
     """Return the rates of one kind of module for each configuration."""
     given = getattr(args, kind)
+    if given is None and (kind == "feed_forward" or args.feed_forward):
+        return [0.0] * number
     if given is None:
         mild, harsh = MILD[kind], HARSH[kind]
         return [round(mild + (harsh - mild) * n / max(number - 1, 1), 4) for n in range(number)]
     if len(given) != number:
-        raise UserError(f"--{kind} lists {len(given)} rates for {number} configurations; give one for each")
+        raise UserError(f"--{kind.replace('_', '-')} lists {len(given)} rates for {number} configurations; give one "
+                        "for each")
     return given
 
 
 def uniform(args, model) -> list[dict]:
     """Return the configurations that the flags name."""
-    from common.pruning import configurations as configs
-    from common.pruning.variants import check_head_rates
-    from common.t5 import modules
+    from common.pruning.configurations import uniform
+    from common.pruning.variants import check_rates
+    from common.t5.modules import prunable
 
-    number = args.number or len(args.attention or args.linear or [None] * 3)
-    pairs = list(zip(rates(args, "attention", number), rates(args, "linear", number), strict=True))
-    kinds = modules.prunable(model.network)
-    configurations = [configs.uniform(kinds, *pair) for pair in pairs]
-    for n, configuration in enumerate(configurations):
-        check_head_rates(configuration, model, f"configuration {n}")
-        print(f"configuration {n}: attention {pairs[n][0]:g}, linear {pairs[n][1]:g} removed")
+    number = args.number or len(args.attention or args.feed_forward or args.linear or [None] * 3)
+    chosen = zip(*(rates(args, kind, number) for kind in ("attention", "linear", "feed_forward")), strict=True)
+    kinds, configurations = prunable(model.network), []
+    for n, (attention, linear, feed_forward) in enumerate(chosen):
+        configurations.append(uniform(kinds, attention, linear, feed_forward))
+        check_rates(configurations[n], model, f"configuration {n}")
+        print(f"configuration {n}: attention {attention:g}, feed-forward {feed_forward:g}, linear {linear:g} removed")
     return configurations
 
 
@@ -90,8 +96,8 @@ def searched(args, model, sensitivity: Path) -> list[dict]:
             found = search.measure(model, opened, valid, device)
             search.write(sensitivity, found, origin)
         print(f"{sensitivity}: losses of {len(found.losses)} variants, one by one")
-    sizes, total = search.kept_weights(model, opened)
-    front = search.front(found, sizes)
+    removed, present, total = search.removed_weights(model, opened)
+    front = search.front(found, removed, present)
     print(f"{len(front.sizes):,} best configurations out of all combinations; the original's loss {found.dense:.4f}")
     configurations = []
     for name, place in [(f"sparsity {s:g}", front.at_sparsity(s, total)) for s in args.sparsity] + \
@@ -111,8 +117,8 @@ def main(argv=None) -> int:
     search = bool(args.sparsity or args.target_loss)
     if search != bool(args.bank):
         raise UserError("a search needs a bank (-p) and --sparsity or --target-loss")
-    if search and (args.attention or args.linear or args.number):
-        raise UserError("--attention, --linear and -n name configurations; a search finds them")
+    if search and (args.attention or args.feed_forward or args.linear or args.number):
+        raise UserError("--attention, --feed-forward, --linear and -n name configurations; a search finds them")
     check_inputs(args.model, args.bank)
     sensitivity = args.bank and args.bank.with_suffix(".sensitivity.json")
     with outputs(args.overwrite, args.output):

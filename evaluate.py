@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Translate the test set and report BLEU, chrF, validation loss, size and sparsity, for one or several models.
+"""Translate the test set and report BLEU, chrF, validation loss, size and speed, for one or several models.
 
-Reads model files. Prints a table and three translations; --json writes the figures, --plot draws BLEU against size.
+Reads model files. What runs is the network without the heads, units and sub-layers that pruning left empty. Prints a
+table and three translations; --json writes the figures, --plot draws BLEU against size.
 
     python evaluate.py -m finetuned_model.pth --json scores.json
 """
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from common import cli, plots
@@ -75,6 +77,7 @@ def tell(path: Path) -> None:
 def evaluate(path: Path, args, device) -> dict:
     """Return one model's figures."""
     from common.t5 import loss, model, network
+    from common.t5.shrink import shrink
     from common.text.batches import Batches, validation_text
     from common.text.corpus import read_pairs
     from common.text.translation import LIMIT_RULE, score, translate
@@ -82,17 +85,20 @@ def evaluate(path: Path, args, device) -> dict:
     loaded = model.load(path)
     corpus = cli.corpus(args, loaded)
     pairs = read_pairs(corpus, args.test_set)
-    network.place(loaded.network, device)
-    valid = loss.evaluate(loss.TranslationLoss(loaded.network), validation_text(corpus, loaded, BATCH_TOKENS), device)
-    made = translate(loaded, Batches(pairs, loaded, BATCH_TOKENS), device, args.num_beams, args.max_new_tokens)
+    small = network.place(shrink(loaded), device)
+    valid = loss.evaluate(loss.TranslationLoss(small), validation_text(corpus, loaded, BATCH_TOKENS), device)
+    text = Batches(pairs, loaded, BATCH_TOKENS)
+    made = translate(replace(loaded, network=small), text, device, args.num_beams, args.max_new_tokens)
     scores = score(made.texts, [target for _, target in pairs], loaded.target, args.lowercase)
     parameters, zeros = network.sparsity(loaded.network)
     name = os.fsencode(path).decode(errors="replace")  # Python decodes arguments as the terminal's encoding says
     return {"model": name, "identity": loaded.identity, "source": loaded.source, "target": loaded.target,
             "test_set": args.test_set, "num_beams": args.num_beams,
             "max_new_tokens": args.max_new_tokens or LIMIT_RULE, "hit_limit": made.hit_limit,
-            "validation_loss": valid, **vars(scores), "seconds": made.seconds, "parameters": parameters,
-            "zeros": zeros, "masked": bool(loaded.masks), "bytes": path.stat().st_size,
+            "validation_loss": valid, **vars(scores), "seconds": made.seconds,
+            "tokens_per_second": made.tokens / made.seconds, "parameters": parameters, "zeros": zeros,
+            "shrunk_parameters": network.sparsity(small)[0], "masked": bool(loaded.masks),
+            "bytes": path.stat().st_size,
             "examples": [{"source": s, "reference": t, "translation": h}
                          for (s, t), h in zip(pairs[:EXAMPLES], made.texts, strict=False)]}
 
@@ -159,14 +165,14 @@ def main(argv=None) -> int:
         device = runtime.setup(args.device)
         width = max(len(str(path)) for path in args.model)
         print(f"{'model':{width}}  {'BLEU':>5}  {'chrF':>5}  {'val. loss':>9}  {'parameters':>11}  {'zeros':>6}  "
-              f"{'MB':>6}  {'seconds':>7}")
+              f"{'shrunk':>11}  {'MB':>6}  {'tokens/s':>8}")
         rows = []
         for path in args.model:
             r = evaluate(path, args, device)
             rows.append(r)
             print(f"{r['model']:{width}}  {r['bleu']:5.1f}  {r['chrf']:5.1f}  {r['validation_loss']:9.4f}  "
-                  f"{r['parameters']:11,}  {r['zeros'] / r['parameters']:6.1%}  {r['bytes'] / 1e6:6.1f}  "
-                  f"{r['seconds']:7.1f}"
+                  f"{r['parameters']:11,}  {r['zeros'] / r['parameters']:6.1%}  {r['shrunk_parameters']:11,}  "
+                  f"{r['bytes'] / 1e6:6.1f}  {r['tokens_per_second']:8,.0f}"
                   + (f"  {r['hit_limit']:.1%} cut at the limit of new tokens" if r["hit_limit"] else ""), flush=True)
         if args.json:
             write_json(args.json, rows)
@@ -176,8 +182,8 @@ def main(argv=None) -> int:
             for r in rows]
     print("\n".join(dict.fromkeys(line for lines in said for line in lines)))
     show_examples(rows)
-    written = [f"{path}: written" for path in (args.json, args.plot) if path]
-    print("".join("\n" + line for line in written))
+    for path in filter(None, (args.json, args.plot)):
+        print(f"\n{path}: written")
     return 0
 
 

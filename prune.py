@@ -39,14 +39,14 @@ def main(argv=None) -> int:
         from common.files.provenance import provenance
         from common.pruning import bank, composition, variants
         from common.pruning.configurations import check_modules
-        from common.pruning.scheme import read_scheme, scheme_digest
-        from common.t5 import model, modules, network
+        from common.pruning.scheme import modules_of, read_scheme, scheme_digest
+        from common.t5 import model, network
+        from common.t5.modules import prunable
         from common.text.batches import calibration_text
 
         scheme, scheme_origin = read_scheme(args.scheme)
         origin = model.load(args.model)
-        check_modules([m for block in scheme for m in modules.members(block)], modules.prunable(origin.network),
-                      args.scheme)
+        check_modules(modules_of(scheme), prunable(origin.network), args.scheme)
         digest = scheme_digest(scheme)
         inputs = {"model": (args.model, origin.identity, origin.provenance),
                   "scheme": (args.scheme, digest, scheme_origin)}

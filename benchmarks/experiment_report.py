@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 ARMS = ("baseline", "composed", "joint")
-COLORS = {"baseline": "tab:gray", "composed": "tab:blue", "joint": "tab:orange"}
+COLORS = {"composed": "tab:blue", "joint": "tab:orange"}
 NUMBERS = (1, 2, 4, 8, 16, 32, 64, 100)  # of models, for which the speed-up is told
 
 
@@ -118,10 +118,10 @@ def report(result: dict, folder: Path) -> None:
         starts, bleu = ", ".join(f"{r['loss'][0]:.3f}" for r in runs), ", ".join(f"{r['bleu']:.1f}" for r in runs)
         print(f"| {r['configuration']} | {heads:.2f}, {linear:.2f} | {r['zeros'] / r['parameters']:.1%} | {starts} | "
               f"{seconds} | {steps} | {bleu} |")
-    draw_targets(result, folder)
+    draw_speedup(result, folder / "experiment_speedup.png")
     if result["curves"]:
         report_curves(result)
-        draw_curves(result, folder)
+        draw_curves(result, folder / "experiment_loss.png")
 
 
 def report_curves(result: dict) -> None:
@@ -151,66 +151,43 @@ def report_curves(result: dict) -> None:
         print(f"| {t:.0%} | {every['reached']} of {every['n']} | {' | '.join(cells)} |")
 
 
-def draw_curves(result: dict, folder: Path) -> None:
-    """Draw loss curves of a mild, a middle and a harsh configuration."""
-    import matplotlib
+def draw_curves(result: dict, path: Path) -> None:
+    """Draw loss curves of a mild, a middle and a harsh configuration; the baseline's are dashed."""
+    from common.plots import legend, picture
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    dense, first = result["dense"], result["seeds"][0]
+    dense, first = result["dense"]["validation_loss"], result["seeds"][0]
     uniform = (result["settings"]["configurations"] + 1) // 2
     arm = next(arm for arm in by_arm(result["curves"]) if arm != "baseline")
-    drawn = [pairs(result["curves"], arm)[n] for n in sorted({0, uniform // 2, uniform - 1})]
-    figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), 3.8), layout="constrained", squeeze=False)
-    axes = axes[0]
-    for axis, pair, name in zip(axes, drawn, ("mild", "middle", "harsh"), strict=False):
-        n = pair[0]["configuration"]
-        for r in pair:
-            arm = r["arm"]
-            axis.plot([s + r["setup_seconds"] for s in r["seconds"]], r["loss"], color=COLORS[arm], label=arm)
-            axis.plot(r["setup_seconds"], r["loss"][0], "o", color=COLORS[arm], markersize=4)
+    lines, names = [], []
+    with picture(path) as axes:
+        for color, n in enumerate(sorted({0, uniform // 2, uniform - 1})):
+            for r in pairs(result["curves"], arm)[n]:
+                lines += axes.plot([s + r["setup_seconds"] for s in r["seconds"]], r["loss"], color=f"C{color}",
+                                   linestyle="--" if r["arm"] == "baseline" else "-", marker="o", markevery=[0])
+                names.append(f"{r['arm']}, heads {first['rates'][n][0]:.0%}, linear {first['rates'][n][1]:.0%} removed")
         for t in (0.05, 0.1):
-            axis.axhline(dense["validation_loss"] * (1 + t), color="tab:green", linewidth=0.8, linestyle=":")
-            axis.text(axis.get_xlim()[1], dense["validation_loss"] * (1 + t), f"{t:.0%}", fontsize=8, va="bottom",
-                      ha="right", color="tab:green")
-        axis.set_title(f"{name}: heads {first['rates'][n][0]:.0%}, linear {first['rates'][n][1]:.0%} removed",
-                       fontsize=10)
-        axis.set_xlabel("seconds, recalibration included")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("validation loss")
-    axes[0].legend()
-    figure.savefig(folder / "experiment_loss.png", dpi=130)
+            axes.axhline(dense * (1 + t), color="black", linewidth=0.8, linestyle=":")
+            axes.text(1, dense * (1 + t), f"dense + {t:.0%}", fontsize=8, va="bottom", ha="right",
+                      transform=axes.get_yaxis_transform())
+        axes.set(xlabel="seconds, recalibration included", ylabel="validation loss")
+        axes.grid(alpha=0.3)
+        legend(axes, lines, names)
 
 
-def draw_targets(result: dict, folder: Path) -> None:
-    """Draw speed-up against N, and BLEU against sparsity."""
-    import matplotlib
+def draw_speedup(result: dict, path: Path) -> None:
+    """Draw every seed's speed-up against the number of models."""
+    from common.plots import picture
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    dense, runs = result["dense"], by_arm(result["seeds"][0]["runs"])
-    limit = dense["validation_loss"] * (1 + result["settings"]["target"])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for seed in result["seeds"]:
-        for arm in by_arm(seed["runs"]):
-            if arm != "baseline":
-                axes[0].plot(*zip(*total(seed, limit, arm)["at"].items(), strict=True), marker="o", markersize=3,
-                             color=COLORS[arm], label=arm if seed is result["seeds"][0] else None)
-    axes[0].axhline(1, color="black", linewidth=0.8)
-    axes[0].set_xscale("log")
-    axes[0].set_xlabel("pruned models N (mean cost of a configuration)")
-    axes[0].set_ylabel(f"speed-up (each seed) to {result['settings']['target']:.0%} above dense")
-    axes[0].set_ylim(bottom=0)
-    axes[0].legend()
-    for arm in runs:
-        axes[1].scatter([r["zeros"] / r["parameters"] for r in runs[arm]], [r["bleu"] for r in runs[arm]], s=18,
-                        color=COLORS[arm], label=arm)
-    axes[1].axhline(dense["bleu"], color="black", linewidth=0.8, linestyle=":", label="dense")
-    axes[1].set_xlabel("zeros in the whole model")
-    axes[1].set_ylabel("BLEU on test_2016_flickr when it ended")
-    axes[1].legend()
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    figure.savefig(folder / "experiment_speedup.png", dpi=130)
+    limit = result["dense"]["validation_loss"] * (1 + result["settings"]["target"])
+    with picture(path) as axes:
+        for seed in result["seeds"]:
+            for arm in by_arm(seed["runs"]):
+                if arm != "baseline":
+                    axes.plot(*zip(*total(seed, limit, arm)["at"].items(), strict=True), marker="o", markersize=3,
+                              color=COLORS[arm], label=arm if seed is result["seeds"][0] else None)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel="pruned models N (mean cost of a configuration)",
+                 ylabel=f"speed-up (each seed) to {result['settings']['target']:.0%} above dense")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()

@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
 """Measure how well a composed model's loss is predicted by adding up what its variants cost one by one.
 
-Reads a model, a tuned bank and its table of variants, and Multi30K. Draws random configurations, mild to harsh, out
-of the bank, composes and evaluates each as it is and recalibrated, and compares with two predictions: the original's
-loss plus each variant's cost alone (`common.search`), and the sum of the variants' block errors. Then searches the
-smallest configurations for some target losses, and those of least loss at the sparsities of uniform ones, and composes
-what it found. Writes prediction.json and prediction.png.
+Reads a model, a tuned bank and its table of variants, and text. Draws random configurations, mild to harsh, out of the
+bank, composes and evaluates each as it is and recalibrated, and compares with two predictions: the original's loss plus
+each variant's cost alone (common.pruning.search), and the sum of the variants' block errors. Then searches the smallest
+configuration for some target losses, and those of least loss at the sparsities of uniform ones, and composes what it
+found. Writes prediction.json and prediction.png.
 
-    python benchmarks/prediction.py --model origin_model.pth --bank finetuned_modules.npy \\
-        --variants block_stats.variants.csv --data-dir data/multi30k
+    python benchmarks/prediction.py -m origin_model.pth --bank finetuned_modules.npy \\
+        --variants block_stats.variants.csv --data multi30k
 """
 
-import argparse
 import csv
 import json
 import random
@@ -21,21 +20,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-
-from common import bank, composition, configs, data, models, recalibration, runtime, search, training
+from common import cli  # noqa: E402
 
 TARGETS = (0.02, 0.05, 0.10)  # above the original's loss, as a fraction
-SMALLEST = 3  # configurations that are composed for each target
+SENTENCES = 500  # of calibration text, for each recalibration
+
+
+def by_block(opened) -> dict[str, list]:
+    """Return a bank's variants by block, mild to harsh."""
+    blocks = {}
+    for key in sorted(opened.entries, key=lambda key: key[1]):
+        blocks.setdefault(key[0], []).append(key)
+    return blocks
 
 
 def draw_configurations(opened, number: int, seed: int) -> list[list]:
     """Return lists of variants: each pruned to another extent, within a range of severity of its own."""
-    blocks, rng, drawn = {}, random.Random(seed), []
-    for key in opened.entries:
-        blocks.setdefault(key[0], []).append(key)
-    for keys in blocks.values():
-        keys.sort(key=lambda key: key[1])
+    blocks, rng, drawn = by_block(opened), random.Random(seed), []
     while len(drawn) < number:
         low = rng.random()
         high, share = rng.uniform(low, 1), rng.choice([0.3, 0.6, 1.0])
@@ -48,6 +49,8 @@ def draw_configurations(opened, number: int, seed: int) -> list[list]:
 
 def quality(losses, predicted) -> dict:
     """Return Spearman's rank correlation, and absolute error and bias."""
+    import numpy as np
+
     ranks = [np.argsort(np.argsort(x)) for x in (losses, predicted)]
     difference = np.asarray(losses) - np.asarray(predicted)
     return {"rank_correlation": float(np.corrcoef(*ranks)[0, 1]), "absolute_error": float(np.abs(difference).mean()),
@@ -55,59 +58,62 @@ def quality(losses, predicted) -> dict:
 
 
 def run(args) -> dict:
-    runtime.setup("cpu", 0, args.threads)
+    from common import runtime
+    from common.pruning import bank, composition, configurations, search
+    from common.t5 import loss, network
+    from common.t5 import model as models
+    from common.text.batches import calibration_text, validation_text
+    from common.tuning.recalibration import recalibrate
+
+    device = runtime.setup("cpu")
     model, opened = models.load(args.model), bank.load(args.bank)
     opened.check_origin(model.identity, args.model)
-    models.place(model.network, "cpu")
-    options = data.DataOptions("multi30k", args.data_dir, "en", "de", "test_2016_flickr")
-    valid = data.Batches(data.sample(data.read_pairs(options, "val"), args.validation_sentences, 0), model, 8192)
-    text = data.Batches(data.sample(data.read_pairs(options, "train"), 500, 0), model, 2048)
+    network.place(model.network, device)
+    corpus = cli.corpus(args, model)
+    valid = validation_text(corpus, model, sentences=args.validation_sentences)
+    text = calibration_text(corpus, model, sentences=SENTENCES)
     with open(args.variants, newline="") as file:
         errors = {(r["block"], tuple(map(float, r["rates"].split()))): float(r["valid_error_after"])
                   for r in csv.DictReader(file)}
     began = time.perf_counter()
-    found = search.measure(model, opened, valid, "cpu")
+    found = search.measure(model, opened, valid, device)
     measured = time.perf_counter() - began
 
     def losses(keys) -> tuple[float, float]:
         composed = models.load(args.model)
         for key in keys:
             composition.install(composed, opened.read(key))
-        objective = training.TranslationLoss(models.place(composed.network, "cpu"))
-        plain = training.evaluate(objective, valid, "cpu")
-        recalibration.recalibrate(model.network, composed, text, "cpu", 1e-4, keep_hidden=opened.keeps_hidden,
-                                  log=lambda _: None)
-        return plain, training.evaluate(objective, valid, "cpu")
+        objective = loss.TranslationLoss(network.place(composed.network, device))
+        plain = loss.evaluate(objective, valid, device)
+        recalibrate(model.network, composed, text, device, opened.keeps_hidden)
+        return plain, loss.evaluate(objective, valid, device)
 
     rows = []
-    for keys in draw_configurations(opened, args.configurations, 1):
+    for keys in draw_configurations(opened, args.number, 1):
         plain, recalibrated = losses(keys)
         rows.append({"composed": plain, "recalibrated": recalibrated, "blocks": len(keys),
                      "predicted": found.dense + sum(found.losses[k] - found.dense for k in keys),
                      "block_errors": sum(errors[k] for k in keys)})
-        print(f"{len(rows)}/{args.configurations}", file=sys.stderr)
+        print(f"{len(rows)}/{args.number}", file=sys.stderr)
     columns = {k: [row[k] for row in rows] for k in rows[0]}
     began = time.perf_counter()
-    sizes, total = search.kept_weights(model.network, opened)
-    front = search.front(found, sizes)
-    searching, best = time.perf_counter() - began, []
+    removed, present, total = search.removed_weights(model, opened)
+    front = search.front(found, removed, present)
+    searching = time.perf_counter() - began
 
     def at(place) -> dict:
-        plain, recalibrated = losses(list(configs.required_variants(front.configuration(place)).items()))
+        plain, recalibrated = losses(list(configurations.required_variants(front.configuration(place)).items()))
         return {"predicted": float(front.losses[place]), "sparsity": float(1 - front.sizes[place] / total),
                 "composed": plain, "recalibrated": recalibrated}
 
-    for target in TARGETS:
-        best += [{"target": found.dense * (1 + target)} | at(place)
-                 for place in front.at_loss(found.dense * (1 + target), SMALLEST)]
-    blocks, uniform = {}, []
-    for key in opened.entries:
-        blocks.setdefault(key[0], []).append(key)
+    best = [{"target": target} | at(place) for target in (found.dense * (1 + t) for t in TARGETS)
+            if (place := front.at_loss(target)) is not None]
+    blocks, uniform = by_block(opened), []
     for n in range(min(map(len, blocks.values()))):
-        keys = [sorted(variants, key=lambda key: key[1])[n] for variants in blocks.values()]
-        sparsity = 1 - sum(sizes[key] for key in keys) / total
-        place = front.at_sparsity(sparsity, total)[0]
-        uniform.append({"sparsity": float(sparsity), "uniform": losses(keys)[1], "searched": at(place)})
+        keys = [variants[n] for variants in blocks.values()]
+        sparsity = sum(removed[key] for key in keys) / total
+        uniform.append({"sparsity": sparsity, "uniform": losses(keys)[1],
+                        "searched": at(front.at_sparsity(sparsity, total))})
     return {"dense": found.dense, "variants": len(found.losses), "measuring_seconds": round(measured, 1),
             "searching_seconds": round(searching, 2), "front": len(front.sizes),
             "quality": {f"{p} against {y}": quality(columns[y], columns[p]) for y in ("composed", "recalibrated")
@@ -116,10 +122,7 @@ def run(args) -> dict:
 
 def report(result: dict, folder: Path) -> None:
     """Print the tables and draw the picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from common.plots import picture
 
     print(f"{result['variants']} variants measured in {result['measuring_seconds']} s; {result['front']:,} best "
           f"configurations found in {result['searching_seconds']} s")
@@ -135,37 +138,36 @@ def report(result: dict, folder: Path) -> None:
     for row in result["uniform"]:
         print(f"| {row['sparsity']:.1%} | {row['uniform']:.3f} | {row['searched']['recalibrated']:.3f} | "
               f"{row['searched']['predicted']:.3f} |")
-    figure, axes = plt.subplots(figsize=(5, 4.5), layout="constrained")
-    for name, color in (("composed", "tab:orange"), ("recalibrated", "tab:blue")):
-        axes.scatter([r["predicted"] for r in result["rows"]], [r[name] for r in result["rows"]], s=16, color=color,
-                     label=name)
-    low, high = axes.get_xlim()
-    axes.plot([low, high], [low, high], color="black", linewidth=0.8)
-    axes.set_xlabel("predicted validation loss")
-    axes.set_ylabel("validation loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / "prediction.png", dpi=130)
+    with picture(folder / "prediction.png") as axes:
+        for name, color in (("composed", "tab:orange"), ("recalibrated", "tab:blue")):
+            axes.scatter([r["predicted"] for r in result["rows"]], [r[name] for r in result["rows"]], s=16, color=color,
+                         label=name)
+        axes.axline((result["dense"], result["dense"]), slope=1, color="black", linewidth=0.8)
+        axes.set(xlabel="predicted validation loss", ylabel="validation loss")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def main(argv=None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", type=Path, default=Path("origin_model.pth"), metavar="MODEL")
-    p.add_argument("--bank", type=Path, default=Path("finetuned_modules.npy"), metavar="BANK")
-    p.add_argument("--variants", type=Path, default=Path("block_stats.variants.csv"), metavar="CSV")
-    p.add_argument("--data-dir", type=Path, default=Path("data/multi30k"), metavar="DIR")
-    p.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR")
-    p.add_argument("--configurations", type=int, default=60, metavar="N", help="random ones (default: 60)")
-    p.add_argument("--validation-sentences", type=int, default=400, metavar="N")
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    p = cli.parser(__doc__)
+    cli.add_model(p)
+    p.add_argument("--bank", type=Path, default=Path("finetuned_modules.npy"), metavar="BANK", help="tuned bank")
+    p.add_argument("--variants", type=Path, default=Path("block_stats.variants.csv"), metavar="CSV",
+                   help="block level's table of variants")
+    cli.add_data(p, limit=False)
+    p.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR", help="where results go")
+    p.add_argument("-n", "--number", type=cli.count, default=60, metavar="N", help="random configurations")
+    p.add_argument("--validation-sentences", type=cli.count, default=400, metavar="N",
+                   help="validation pairs that losses are measured on")
     p.add_argument("--report", action="store_true", help="only draw and print what prediction.json holds")
     args = p.parse_args(argv)
     path = args.results / "prediction.json"
     if not args.report:
+        args.results.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(run(args)) + "\n", encoding="utf-8")
     report(json.loads(path.read_text(encoding="utf-8")), args.results)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -151,6 +151,11 @@ def rate(text: str) -> float:
     return _number(text, "a pruning rate in [0, 1)", float, lambda x: 0 <= x < 1)
 
 
+def rate_or_all(text: str) -> float:
+    """Parse a pruning rate of whole heads or units: the fraction removed, in [0, 1]; 1 skips the sub-layer."""
+    return _number(text, "a pruning rate in [0, 1]", float, lambda x: 0 <= x <= 1)
+
+
 def positive(text: str) -> float:
     """Parse a finite number above 0."""
     return _number(text, "a number above 0", float, lambda x: 0 < x < math.inf)

@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
         print(f"{describe(configuration):22} {pruned['zeros'] / pruned['parameters']:6.1%} | {pruned['bleu']:6.1f}  "
               f"{composed['bleu']:8.1f}  {tuned['bleu']:10.1f}  {baseline['bleu']:8.1f} | {seconds[0]:13.1f}  "
               f"{seconds[1]:10.1f}")
-    print(f"block level, once for all configurations: {block:.1f} s. 'composed' is recalibrated and has had no training;\n"
+    print(f"block level, once for all configurations: {block:.1f} s. 'composed' is recalibrated, not trained;\n"
           "the seconds of fine-tuning include its recalibration.")
     print("loss curves: " + "  ".join(str(folder / f"loss_{n}.png") for n in range(len(configurations))))
     print(f"quality against size: {folder / 'quality.png'}")

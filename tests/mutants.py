@@ -1,7 +1,6 @@
 """Mutated and hostile files of every kind, and the parsers that must read or refuse them."""
 
 import contextlib
-import gzip
 import hashlib
 import io
 import json
@@ -19,7 +18,6 @@ from common.files import archive
 from common.files.jsonfile import sealed
 from common.files.provenance import ancestry
 from common.training import loop
-from tests.small import load_stage
 
 SECONDS = 30  # of CPU time, however busy the machine is
 ODD = [None, True, False, -1, 0, 1, 2, 0.5, 1.0, 1e308, -0.0, 2**31, 2**63, 10**400, "", "x", "\x1b[2J", "\ud800",
@@ -146,34 +144,24 @@ def mutate_json(data: bytes, rng) -> bytes:
     return json.dumps(content).encode()
 
 
-def bank_parts(data: bytes) -> tuple[bytearray, dict]:
-    """Return the variants' data and the index of a bank."""
-    length = int.from_bytes(data[-40:-32], "little")
-    return bytearray(data[128:-40 - length]), json.loads(data[-40 - length:-40])
-
-
-def bank_of(body: bytes, index) -> bytes:
-    """Return a bank with header and checksums that fit."""
+def mutate_bank(data: bytes, rng) -> bytes:
+    """Mutate a bank: its bytes, or its index with a fitting SHA-256, or its data with fitting checksums."""
     from common.pruning.bank import _header
 
+    kind, length = rng.randrange(4), int.from_bytes(data[-40:-32], "little")
+    if kind == 0:
+        return flip(data, rng)
+    body, index = bytearray(data[128:-40 - length]), json.loads(data[-40 - length:-40])
+    if kind > 1:
+        index = swap(index, rng)
+    else:
+        for entry in rng.sample(index["variants"], 2):
+            body[entry["offset"] + rng.randrange(entry["bytes"])] ^= 1 << rng.randrange(8)
+            entry["sha256"] = hashlib.sha256(body[entry["offset"]:entry["offset"] + entry["bytes"]]).hexdigest()
     text = json.dumps(index).encode()
     tail = text + len(text).to_bytes(8, "little")
     whole = bytes(body) + tail + hashlib.sha256(tail).digest()
     return _header(len(whole)) + whole
-
-
-def mutate_bank(data: bytes, rng) -> bytes:
-    """Mutate a bank: its bytes, or its index with a fitting SHA-256, or its data with fitting checksums."""
-    kind = rng.randrange(4)
-    if kind == 0:
-        return flip(data, rng)
-    body, index = bank_parts(data)
-    if kind > 1:
-        return bank_of(body, swap(index, rng))
-    for entry in rng.sample(index["variants"], 2):
-        body[entry["offset"] + rng.randrange(entry["bytes"])] ^= 1 << rng.randrange(8)
-        entry["sha256"] = hashlib.sha256(body[entry["offset"]:entry["offset"] + entry["bytes"]]).hexdigest()
-    return bank_of(body, index)
 
 
 def mutate_sealed(data: bytes, rng) -> bytes:
@@ -220,36 +208,31 @@ class Toy(torch.nn.Linear):
 
 def train_toy(folder: Path, objective=None, **options) -> loop.FitResult:
     """Train a `Toy`; its checkpoint goes to ``folder``/cp."""
-    options = loop.FitOptions(**{"epochs": 2, "lr": 1e-3, "stats": folder / "s.csv", "checkpoint": folder / "cp"} | options)
-    return loop.fit(objective or Toy(), ToyText(), ToyText(), options, device="cpu", fingerprint={"a": 1},
-                    log=lambda text: None)
+    options = {"epochs": 2, "lr": 1e-3, "stats": folder / "s.csv", "checkpoint": folder / "cp"} | options
+    return loop.fit(objective or Toy(), ToyText(), ToyText(), loop.FitOptions(**options), device="cpu",
+                    fingerprint={"a": 1}, log=lambda text: None)
 
 
 class Parsers:
     """Valid samples of every kind in ``folder``, and what reads them: ``parsers[kind]()`` parses ``paths[kind]``."""
 
     def __init__(self, folder: Path, made: Path):
-        """``made`` is the folder of the fixture, whose tokenizer and text are used."""
-        from common.pruning import bank, composition, configurations, search, variants
+        """``made`` is the folder of the fixture, whose tokenizer is used."""
+        from common.pruning import bank, composition, configurations, variants
         from common.pruning import scheme as schemes
-        from common.t5 import folder as folders
         from common.t5 import model as models
         from common.t5.network import build_network
-        from common.text import corpus
 
         origin = models.load(made / "origin.pth")
         conf = [{"encoder.block.0.layer.0.SelfAttention": 0.5, "encoder.block.0.layer.1.DenseReluDense.wi": 0.8},
                 {"decoder.block.0.layer.1.EncDecAttention.o": 0.25}]
         told = {"stage": "x", "arguments": {"a": 1}, "inputs": {"m": {"file": "f", "sha256": "", "provenance": {}}}}
+        self.paths = {"configuration": folder / "conf.json", "scheme": folder / "scheme.json",
+                      "bank": folder / "bank.npy", "model": folder / "model.pth",
+                      "checkpoint": folder / "cp" / "checkpoint.pth"}
         (folder / "conf.json").write_text(json.dumps(conf))
         schemes.write_scheme(folder / "scheme.json", schemes.make_scheme(conf), told)
-        self.paths = {"configuration": folder / "conf.json", "scheme": folder / "scheme.json",
-                      "sensitivity": folder / "sensitivity.json", "bank": folder / "bank.npy",
-                      "statistics": folder / "s.csv", "corpus": folder / "train.en",
-                      "packed corpus": folder / "val.en.gz", "checkpoint": folder / "cp" / "checkpoint.pth",
-                      "model": folder / "model.pth", "hub folder": folder / "config.json"}
-        # The smallest T5 that has every kind of module.
-        network = build_network({
+        network = build_network({  # the smallest T5 that has every kind of module
             "model_type": "t5", "d_model": 8, "d_kv": 2, "d_ff": 8, "num_heads": 2, "num_layers": 1,
             "num_decoder_layers": 1, "vocab_size": origin.network.config.vocab_size, "pad_token_id": 0,
             "eos_token_id": 1, "decoder_start_token_id": 0}).to_empty(device="cpu")
@@ -261,17 +244,8 @@ class Parsers:
                 writer.add(variant)
                 composition.install(tiny, variant)
         models.save(folder / "model.pth", tiny)
-        opened, of = bank.load(folder / "bank.npy"), {"model": "0" * 64, "bank": "1" * 64}
-        search.write(folder / "sensitivity.json", search.Sensitivity(2.0, dict.fromkeys(opened.entries, 2.5)), of)
-        sizes = search.kept_weights(tiny, opened)[0]
         train_toy(folder, epochs=1)
-        (folder / "config.json").write_bytes((made / "hub" / "config.json").read_bytes())
-        for language in ("en", "de"):
-            lines = (made / "text" / f"val.{language}").read_bytes().splitlines(keepends=True)[:12]
-            (folder / f"train.{language}").write_bytes(b"".join(lines))
-            (folder / f"val.{language}.gz").write_bytes(gzip.compress(b"".join(lines)))
         self.samples = {kind: path.read_bytes() for kind, path in self.paths.items()}
-        text, plot_loss = corpus.Corpus(folder, "en", "de"), load_stage("plot_loss")
 
         def read_model():
             loaded = models.load(folder / "model.pth")
@@ -284,29 +258,15 @@ class Parsers:
                 composition.install(tiny, opened.read(key))
             ancestry(opened.provenance)
 
-        def read_sensitivity():
-            search.front(search.read(folder / "sensitivity.json", opened, of), sizes).configuration(0)
-
         self.parsers = {
             "configuration": lambda: schemes.make_scheme(configurations.read_configurations(folder / "conf.json")),
             "scheme": lambda: ancestry(schemes.read_scheme(folder / "scheme.json")[1]), "bank": read_bank,
-            "sensitivity": read_sensitivity, "statistics": lambda: plot_loss.read(folder / "s.csv"),
-            "corpus": lambda: corpus.read_pairs(text, "train"), "packed corpus": lambda: corpus.read_pairs(text, "val"),
-            "checkpoint": lambda: train_toy(folder, resume=True), "model": read_model,
-            "hub folder": lambda: folders.read_config(folder)}
+            "checkpoint": lambda: train_toy(folder, resume=True), "model": read_model}
 
     def mutate(self, kind: str, rng) -> bytes:
         """Return a mutant of the kind's sample."""
-        if kind in ("configuration", "scheme", "sensitivity", "hub folder"):
-            return mutate_json(self.samples[kind], rng)
-        if kind in ("bank", "checkpoint", "model"):
-            return (mutate_bank if kind == "bank" else mutate_sealed)(self.samples[kind], rng)
-        if kind == "packed corpus" and rng.randrange(2):
-            return gzip.compress(flip(gzip.decompress(self.samples[kind]), rng), 1)
-        if kind == "statistics" and rng.randrange(4):
-            header, rows = self.samples[kind].split(b"\n", 1)
-            return header + b"\n" + flip(rows, rng)
-        return flip(self.samples[kind], rng)
+        change = {"bank": mutate_bank, "checkpoint": mutate_sealed, "model": mutate_sealed}.get(kind, mutate_json)
+        return change(self.samples[kind], rng)
 
     def outcome(self, kind: str, mutant: bytes) -> str | None:
         """Parse a mutant; return None for success, the text of a `UserError`; all else is raised."""

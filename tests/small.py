@@ -107,7 +107,7 @@ class Text:
 
 @torch.no_grad()
 def seen_by_hooks(network, text: Text, names) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return what modules received and gave, rows of all tokens: the network itself, one sentence at a time, unpadded."""
+    """Return what modules received and gave, all tokens' rows: the network itself, one sentence at a time, unpadded."""
     rows = {name: ([], []) for name in names}
 
     def hook(name):
@@ -118,8 +118,7 @@ def seen_by_hooks(network, text: Text, names) -> dict[str, tuple[torch.Tensor, t
 
     hooks = [hook(name) for name in rows]
     for source, target in text.pairs:
-        network(input_ids=source[None], decoder_input_ids=torch.cat([torch.zeros(1, dtype=torch.long), target[:-1]])[None],
-                use_cache=False)
+        network(input_ids=source[None], labels=target[None], use_cache=False)
     for handle in hooks:
         handle.remove()
     return {name: (torch.cat(inputs), torch.cat(outputs)) for name, (inputs, outputs) in rows.items()}

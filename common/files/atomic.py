@@ -126,3 +126,31 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` atomically."""
     with atomic_write(path) as file:
         file.write(data)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """Yield an empty folder beside ``path`` that gets this name when the block ends well, and else is removed.
+
+    ``path`` is held for this process alone while the block runs. A folder that exists is never touched.
+
+    Raises:
+        UserError: there is something of that name, another process holds it, or nothing can be written there.
+    """
+    def check():
+        if os.path.lexists(path):
+            raise UserError(f"{path}: exists already; choose another name, or remove it first")
+        check_outputs(False, path)
+
+    check()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with locked(path):
+        check()
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():
+                file.chmod(0o644)  # safetensors makes files that only their owner can read
+            os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

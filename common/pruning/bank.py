@@ -21,8 +21,8 @@ from common.errors import UserError, brief
 from common.files.atomic import atomic_write, file_problem
 from common.files.jsonfile import parse_json, to_json
 from common.files.provenance import is_provenance
-from common.pruning.configurations import Configuration, required_variants
-from common.t5.modules import block_of, kind_of, members, weight_names
+from common.pruning.configurations import Configuration, rate_problem, required_variants
+from common.t5.modules import is_block, members, weight_names
 
 FORMAT = "composable-pruning bank"
 VERSION = 1
@@ -191,7 +191,7 @@ def _entry_problem(entry) -> bool:
             and isinstance(entry.get("sha256"), str)):
         return True
     block = entry["block"]
-    if kind_of(block) is None or block_of(block) != block or set(entry["rates"]) != set(members(block)):
+    if not is_block(block) or set(entry["rates"]) != set(members(block)):
         return True
     if not set(entry["tensors"]) <= set(weight_names(block)) or not entry["tensors"]:
         return True
@@ -205,8 +205,7 @@ def _entry_problem(entry) -> bool:
             return True
         rows, columns = tensor["shape"]
         size += -(-rows * columns // 8) + 4 * tensor["kept"]
-    rates = entry["rates"].values()
-    return size != entry["bytes"] or not all(isinstance(r, (int, float)) and 0 <= r < 1 for r in rates)
+    return size != entry["bytes"] or any(rate_problem(name, rate) for name, rate in entry["rates"].items())
 
 
 def load(path: Path) -> Bank:

@@ -4,23 +4,27 @@ from pathlib import Path
 
 from common.errors import UserError, brief, refuse
 from common.files.jsonfile import read_json
-from common.t5.modules import block_of, kind_of, members
+from common.t5.modules import kind_of, members, parent_of
 
 Configuration = dict[str, float]
 
 
-def uniform(kinds: dict[str, str], attention: float, linear: float) -> Configuration:
-    """Return the configuration that prunes every attention at one rate and every linear module at another."""
-    return {name: attention if kind == "attention" else linear for name, kind in kinds.items()}
+def uniform(kinds: dict[str, str], attention: float, linear: float, feed_forward: float = 0.0) -> Configuration:
+    """Return the configuration that prunes every module at its kind's rate; feed-forwards at 0 are left out."""
+    rates = {"attention": attention, "linear": linear} | ({"feed-forward": feed_forward} if feed_forward else {})
+    return {name: rates[kind] for name, kind in kinds.items() if kind in rates}
 
 
-def rate_problem(value) -> str | None:
-    """Say why a value out of a file is no pruning rate, or return None."""
+def rate_problem(name: str, value) -> str | None:
+    """Say why a value out of a file is no pruning rate of a module, or return None.
+
+    1 skips a whole sub-layer, an attention or a feed-forward; a linear module keeps some weights.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"pruning rate {brief(value)} is not a number"
-    if not 0 <= value < 1:
+    if kind_of(name) == "linear" and not 0 <= value < 1:
         return f"pruning rate {brief(value)} is not in [0, 1)"
-    return None
+    return None if 0 <= value <= 1 else f"pruning rate {brief(value)} is not in [0, 1]"
 
 
 def read_configurations(path: Path) -> list[Configuration]:
@@ -43,7 +47,7 @@ def read_configurations(path: Path) -> list[Configuration]:
         for name, value in configuration.items():
             if kind_of(name) is None:
                 problems.append(f"configuration {n}: {name!r:.100}: is not a module that can be pruned")
-            elif problem := rate_problem(value):
+            elif problem := rate_problem(name, value):
                 problems.append(f"configuration {n}: {name}: {problem}")
     refuse(path, problems)
     return [{name: float(value) for name, value in c.items()} for c in content]
@@ -63,7 +67,15 @@ def check_modules(names, kinds: dict[str, str], path: Path) -> None:
 
 
 def required_variants(configuration: Configuration) -> dict[str, tuple[float, ...]]:
-    """Return {block: rates of its members}, leaving out the blocks that stay as they are."""
-    blocks = dict.fromkeys(block_of(name) for name in configuration)
-    rates = {b: tuple(float(configuration.get(m, 0.0)) for m in members(b)) for b in blocks}
-    return {block: r for block, r in rates.items() if any(r)}
+    """Return {block: rates of its members}, leaving out the blocks that stay as they are.
+
+    Of a sub-layer that is skipped (rate 1) no other rate counts.
+    """
+    result = {}
+    for name in configuration:
+        parent = parent_of(name)
+        # A linear module of a feed-forward is a block of its own, unless hidden units are removed, too.
+        block = parent if parent and (kind_of(parent) == "attention" or configuration.get(parent)) else name
+        rates = tuple(float(configuration.get(m, 0.0)) for m in members(block))
+        result[block] = (1.0,) + (0.0,) * (len(rates) - 1) if rates[0] == 1 else rates
+    return {block: rates for block, rates in result.items() if any(rates)}

@@ -51,7 +51,8 @@ def magnitude_mask(weight: torch.Tensor, rate: float, present: torch.Tensor | No
     return smallest_removed(torch.where(present, weight.abs(), -1.0), removed_of(rate, present))
 
 
-def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, present: torch.Tensor, inputs: torch.Tensor,
+def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, present: torch.Tensor,
+              inputs: torch.Tensor | None = None, outputs: torch.Tensor | None = None,
               damping: float = 1e-2) -> list[torch.Tensor]:
     """Remove, step by step, weights of least w² / [G⁻¹]ⱼⱼ; between two steps the others are re-fitted.
 
@@ -62,18 +63,21 @@ def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, present: torch.Te
 
     Args:
         present: bool, as ``weight``, False for weights that were removed before.
-        inputs: (in,) bool, False for inputs that are zero in the pruned model (those of removed heads): their weights
-            are the first that a rate removes, and are removed at any rate; the others are re-fitted before the first
-            step too.
+        inputs: (in,) bool, False for inputs that are zero in the pruned model (those of removed heads or units): their
+            weights are the first that a rate removes, and are removed at any rate; the others are re-fitted before the
+            first step too. By default all are there.
+        outputs: (out,) bool, False for outputs that nothing reads in the pruned model; removed as those.
 
     Returns:
         A mask for each of ``rates``, in their order.
     """
+    inputs = torch.ones_like(present[0]) if inputs is None else inputs
+    outputs = torch.ones_like(present[:, 0]) if outputs is None else outputs
     ridge = max(damping * float(gram.diagonal().mean()), 1e-30)
     a = (gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device))[inputs][:, inputs]
     inverse = torch.ones_like(gram[0])  # for inputs that are not there of no account
     inverse[inputs] = torch.cholesky_inverse(torch.linalg.cholesky(a)).diagonal()
-    cross, mask = weight.double() @ gram, present & inputs
+    cross, mask = weight.double() @ gram, present & inputs & outputs[:, None]
     kept = int(mask.sum())
     fitted = weight.double() if inputs.all() else solve(gram, cross, weight, mask).weight
     masks, pending = {}, sorted(set(rates), reverse=True)
@@ -99,12 +103,12 @@ def head_mask_by_output(o: torch.Tensor, gram: torch.Tensor, rate: float, presen
         present: (heads,) bool, the heads that are there.
 
     Raises:
-        UserError: the rate would remove every head.
+        UserError: a rate below 1 would remove every head.
     """
     heads = len(present)
     pairs = ((o.double().T @ o.double()) * gram).view(heads, -1, heads, gram.shape[0] // heads).sum(dim=(1, 3))
     kept = present.to(gram.device).clone()
-    for _ in range(check_removed_heads(rate, int(present.sum()))):
+    for _ in range(check_removed(rate, int(present.sum()))):
         removed = ~kept
         # Adding h to R adds its own loss and what it shares with those removed already, counted twice.
         cost = pairs.diagonal() + 2 * pairs[:, removed].sum(dim=1)
@@ -117,22 +121,60 @@ def head_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -
     return sum(w.abs().reshape(heads, -1).double().sum(dim=1) for w in (q, k, v))
 
 
-def head_mask(scores: torch.Tensor, rate: float, present: torch.Tensor) -> torch.Tensor:
-    """Remove the heads of lowest score among those ``present`` (heads,) bool; shape (heads,).
+def unit_scores(weights: list[torch.Tensor]) -> torch.Tensor:
+    """Return each hidden unit's joint l1 norm, shape (units,): of its rows of wi (wi_0, wi_1) and its column of wo.
+
+    Args:
+        weights: each (units, d_model), wo transposed.
+    """
+    return sum(w.abs().double().sum(dim=1) for w in weights)
+
+
+def unit_order(wo: torch.Tensor, gram: torch.Tensor, present: torch.Tensor, number: int,
+               damping: float = 1e-2) -> list[int]:
+    """Return the first ``number`` hidden units to remove, each the one that costs least once wo is re-fitted.
+
+    Removing unit j and re-fitting the others raises E‖wo·h − ŵo·h‖² by ‖ŵo_j‖² / [G⁻¹]ⱼⱼ; then wo and G⁻¹ are those of
+    the rest (Hassibi & Stork 1993, "Optimal Brain Surgeon", for a column of wo in the place of a weight).
+
+    Args:
+        wo: (d_model, units).
+        gram: G = E[h hᵀ] of the hidden units, (units, units), float64.
+        present: (units,) bool, the units that are there.
+        damping: a fraction of G's mean diagonal.
+    """
+    ridge = max(damping * float(gram.diagonal().mean()), 1e-30)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(
+        gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+    fitted, kept, order = wo.double().clone(), present.to(gram.device).clone(), []
+    for _ in range(number):
+        cost = fitted.square().sum(dim=0) / inverse.diagonal().clamp_min(1e-300)
+        j = int(torch.where(kept, cost, torch.inf).argmin())
+        kept[j] = False
+        order.append(j)
+        row = inverse[j] / inverse[j, j]
+        fitted -= fitted[:, j, None] * row
+        inverse -= inverse[:, j, None] * row
+        inverse[j, j] = 1.0
+    return order
+
+
+def structure_mask(scores: torch.Tensor, rate: float, present: torch.Tensor, what: str) -> torch.Tensor:
+    """Remove the heads or units of lowest score among those ``present``; all are bool, shape (heads,) or (units,).
 
     Raises:
-        UserError: the rate would remove every head.
+        UserError: a rate below 1 would remove all of ``what``.
     """
-    check_removed_heads(rate, int(present.sum()))
+    check_removed(rate, int(present.sum()), what)
     return smallest_removed(torch.where(present, scores, -1.0), removed_of(rate, present))
 
 
-def check_removed_heads(rate: float, heads: int) -> int:
-    """Return how many heads a rate removes, or raise `UserError` if that is all of them."""
-    removed = removed_count(rate, heads)
-    if removed >= heads:
-        raise UserError(f"pruning rate {rate:g} removes all {heads} heads; the highest that leaves one is below "
-                        f"{(heads - 0.5) / heads:g}")
+def check_removed(rate: float, count: int, what: str = "heads") -> int:
+    """Return how many of ``count`` heads or units a rate removes, or raise `UserError` if one below 1 removes all."""
+    removed = removed_count(rate, count)
+    if removed >= count and rate < 1:
+        raise UserError(f"pruning rate {rate:g} removes all {count} {what}; the highest that leaves one is below "
+                        f"{(count - 0.5) / count:g}, and 1 skips the sub-layer")
     return removed
 
 

@@ -8,6 +8,7 @@ all sizes at once by merging Pareto fronts block by block (Nemhauser & Ullmann 1
 Capital Allocation").
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from common.pruning.configurations import Configuration
 from common.runtime import progress
 from common.t5.loss import TranslationLoss, evaluate
 from common.t5.model import Model
-from common.t5.modules import block_of, members, prunable
+from common.t5.modules import kind_of, members, parent_of, prunable, weight_names
 from common.text.batches import Batches
 
 VALIDATION_SENTENCES = 400  # that losses are measured on
@@ -110,10 +111,10 @@ class Front:
         """Return the ``i``-th configuration."""
         chosen = []
         for options, option, parent in reversed(self._picks):
-            chosen.append(options[option[i]])
+            chosen = [*options[option[i]], *chosen]
             i = parent[i]
-        return {name: rate for key in reversed(chosen) if key
-                for name, rate in zip(members(key[0]), key[1], strict=True)}
+        return {name: rate for key in chosen for name, rate in zip(members(key[0]), key[1], strict=True)
+                if rate or name == key[0]}
 
     def at_sparsity(self, sparsity: float, total: int) -> int | None:
         """Return the place of the best configuration that keeps at most 1 − ``sparsity`` of ``total`` weights."""
@@ -126,44 +127,56 @@ class Front:
         return int(found[-1]) if len(found) else None
 
 
-def kept_weights(model: Model, bank: Bank) -> tuple[dict[Key | str, int], int]:
-    """Return how many prunable weights each variant keeps, and each block unchanged (by its name); and their total.
+def removed_weights(model: Model, bank: Bank) -> tuple[dict[Key, int], int, int]:
+    """Return how many weights each variant removes of those that are there; how many prunable ones are, of how many.
 
-    Of an attention, q, k, v and o count; a variant that leaves q, k and v as they are has only its o in the bank. What
-    an earlier round of pruning removed is not kept.
+    Fewer are there than there are where an earlier round of pruning removed some (``model.masks``).
     """
-    kept = {name: int(mask.sum()) for name, mask in model.masks.items()}
-    sizes, total = {}, 0
-    for block in dict.fromkeys(map(block_of, prunable(model.network))):
-        parameters = {f"{block}.{n}": p for n, p in model.network.get_submodule(block).named_parameters()
-                      if not n.startswith("relative")}
-        sizes[block] = sum(kept.get(n, p.numel()) for n, p in parameters.items())
-        total += sum(p.numel() for p in parameters.values())
-        for key, entry in bank.entries.items():
-            if key[0] == block:
-                own = {n: t["kept"] for n, t in entry["tensors"].items()}
-                sizes[key] = sum(own.get(n, kept.get(n, p.numel())) for n, p in parameters.items())
-    return sizes, total
+    present, total = {}, 0
+    for name in {name for module in prunable(model.network) for name in weight_names(module)}:
+        if (mask := model.masks.get(name)) is not None:
+            present[name], total = int(mask.sum()), total + mask.numel()
+        elif (parameter := model.network.state_dict(keep_vars=True).get(name)) is not None:
+            present[name], total = parameter.numel(), total + parameter.numel()
+    removed = {key: sum(present[n] - t["kept"] for n, t in entry["tensors"].items())
+               for key, entry in bank.entries.items()}
+    return removed, sum(present.values()), total
 
 
-def front(found: Sensitivity, sizes: dict) -> Front:
+def _alternatives(keys) -> list[list[tuple[Key, ...]]]:
+    """Return, for every part of the model that is chosen apart, what it can be: sets of variants, the empty one first.
+
+    A feed-forward that can lose hidden units is one part: either one of its variants, or any of its linear modules'.
+    """
+    blocks: dict[str, list[Key]] = {}
+    for key in keys:
+        blocks.setdefault(key[0], []).append(key)
+    whole = [block for block in blocks if kind_of(block) == "feed-forward"]
+    parts = {block: [block] for block in blocks if parent_of(block) not in whole}
+    for block in blocks:
+        if parent_of(block) in whole:
+            parts[parent_of(block)].append(block)
+    result = []
+    for block, inside in parts.items():
+        apart = [[(), *((key,) for key in blocks[b])] for b in (inside[1:] if block in whole else inside)]
+        options = [sum(choice, ()) for choice in itertools.product(*apart)]
+        result.append(options + ([(key,) for key in blocks[block]] if block in whole else []))
+    return result
+
+
+def front(found: Sensitivity, removed: dict[Key, int], present: int) -> Front:
     """Return every configuration out of a bank's variants that is best for its size, by predicted loss.
 
     Exact up to `RESOLUTION` sizes; among configurations whose sizes agree so far, the best is kept.
 
     Args:
-        sizes: of `kept_weights`.
+        removed, present: of `removed_weights`.
     """
-    blocks: dict[str, list] = {}
-    for key in found.losses:
-        blocks.setdefault(key[0], [None]).append(key)
-    unchanged = sum(size for block, size in sizes.items() if isinstance(block, str) and block not in blocks)
-    total = sum(size for block, size in sizes.items() if isinstance(block, str))
-    grain = max(total / RESOLUTION, 1.0)
-    at, losses, picks = np.array([float(unchanged)]), np.array([found.dense]), []
-    for block, options in blocks.items():
-        size = np.array([sizes[block] if key is None else sizes[key] for key in options], dtype=float)
-        cost = np.array([0.0 if key is None else found.losses[key] - found.dense for key in options])
+    grain = max(present / RESOLUTION, 1.0)
+    at, losses, picks = np.array([float(present)]), np.array([found.dense]), []
+    for options in _alternatives(found.losses):
+        size = np.array([-sum(removed[key] for key in keys) for keys in options], dtype=float)
+        cost = np.array([sum(found.losses[key] - found.dense for key in keys) for keys in options], dtype=float)
         new_size, new_loss = (at[:, None] + size).ravel(), (losses[:, None] + cost).ravel()
         order = np.lexsort((new_size, new_loss))  # from the lowest loss on, keep what is smaller than all before
         smallest = np.minimum.accumulate(np.floor(new_size[order] / grain))

@@ -10,31 +10,50 @@ from common.pruning.bank import Variant
 from common.pruning.configurations import Configuration
 from common.pruning.scheme import Scheme
 from common.t5.model import Model
-from common.t5.modules import HEAD_PARTS, kind_of
+from common.t5.modules import HEAD_PARTS, UNIT_PARTS, kind_of, members
 from common.t5.walk import walk
 from common.text.batches import Batches
 
 
+def present(model: Model, name: str) -> torch.Tensor:
+    """Return which weights of a parameter are there, bool; a model that was pruned before has fewer."""
+    weight = model.network.get_parameter(name)
+    mask = model.masks.get(name)
+    return torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.to(weight.device)
+
+
 def heads_present(model: Model, attention: str) -> torch.Tensor:
-    """Return which heads of an attention are there, (heads,) bool; a model that was pruned before has fewer."""
-    heads = model.network.config.num_heads
-    mask = model.masks.get(f"{attention}.q.weight")
-    return torch.ones(heads, dtype=torch.bool) if mask is None else mask.reshape(heads, -1).any(dim=1)
+    """Return which heads of an attention are there, (heads,) bool."""
+    return present(model, f"{attention}.q.weight").reshape(model.network.config.num_heads, -1).any(dim=1)
 
 
-def check_head_rates(configuration: Configuration, model: Model, where: str) -> None:
-    """Raise `UserError` if a rate would remove every head of an attention."""
+def unit_parts(model: Model, feed_forward: str) -> list[str]:
+    """Return the names of the weights whose rows are a feed-forward's hidden units, wi or wi_0 and wi_1."""
+    module = model.network.get_submodule(feed_forward)
+    return [f"{feed_forward}.{part}.weight" for part in UNIT_PARTS if hasattr(module, part)]
+
+
+def units_present(model: Model, feed_forward: str) -> torch.Tensor:
+    """Return which hidden units of a feed-forward are there, (units,) bool: those that wo reads and wi makes."""
+    made = [present(model, name).any(dim=1) for name in unit_parts(model, feed_forward)]
+    return torch.stack([*made, present(model, f"{feed_forward}.wo.weight").any(dim=0)]).all(dim=0)
+
+
+def check_rates(configuration: Configuration, model: Model, where: str) -> None:
+    """Raise `UserError` if a rate below 1 would remove every head of an attention, or unit of a feed-forward."""
     for name, rate in configuration.items():
-        if kind_of(name) == "attention":
-            try:
-                criteria.check_removed_heads(rate, int(heads_present(model, name).sum()))
-            except UserError as error:
-                raise UserError(f"{where}: {name}: {error}") from None
+        try:
+            if kind_of(name) == "attention":
+                criteria.check_removed(rate, int(heads_present(model, name).sum()), "heads")
+            elif kind_of(name) == "feed-forward":
+                criteria.check_removed(rate, int(units_present(model, name).sum()), "units")
+        except UserError as error:
+            raise UserError(f"{where}: {name}: {error}") from None
 
 
 @torch.no_grad()
-def prune_block(model: Model, block: str, variants: list[tuple[float, ...]],
-                gram: torch.Tensor | None = None) -> Iterator[Variant]:
+def prune_block(model: Model, block: str, variants: list[tuple[float, ...]], gram: torch.Tensor | None = None,
+                stream_gram: torch.Tensor | None = None) -> Iterator[Variant]:
     """Yield a block's variants at the given rates; the model is not changed.
 
     A rate is the fraction removed of what is there: what an earlier round of pruning removed (``model.masks``) is gone
@@ -42,46 +61,74 @@ def prune_block(model: Model, block: str, variants: list[tuple[float, ...]],
 
     Args:
         variants: for each variant the rates of the block's members.
-        gram: E[x xᵀ] of the block's input (for an attention, of its ``o``); chooses by ``obs``, see
-            `common.pruning.criteria`. Without it by l1.
+        gram: E[x xᵀ] of a linear block's input, of an attention's ``o``'s, of a feed-forward's ``wo``'s; chooses by
+            ``obs``, see `common.pruning.criteria`. Without it by l1.
+        stream_gram: of a feed-forward's own input.
 
     Raises:
-        UserError: the head rate would remove every head, or the statistics defeat the criterion.
+        UserError: a rate below 1 would remove every head or unit, or the statistics defeat the criterion.
     """
-    network, attention = model.network, kind_of(block) == "attention"
-
-    def weight(name):
-        return network.get_parameter(name).detach()
-
-    def present(name):
-        mask = model.masks.get(name)
-        return torch.ones_like(weight(name), dtype=torch.bool) if mask is None else mask.to(weight(name).device)
-
-    name = f"{block}.o.weight" if attention else f"{block}.weight"
-    w, heads, masks = weight(name), {}, {}
+    prune = {"linear": _prune_linear, "attention": _prune_attention, "feed-forward": _prune_feed_forward}
     try:
-        for head_rate in dict.fromkeys(rates[:-1] for rates in variants):  # () for a linear block
-            inputs = torch.ones_like(w[0], dtype=torch.bool)
-            if attention:
-                there = heads_present(model, block).to(w.device)
-                qkv = (weight(f"{block}.{part}.weight") for part in HEAD_PARTS)
-                heads[head_rate] = there if not head_rate[0] else (
-                    criteria.head_mask(criteria.head_scores(*qkv, len(there)), head_rate[0], there) if gram is None
-                    else criteria.head_mask_by_output(w, gram, head_rate[0], there))
-                inputs = heads[head_rate].repeat_interleave(len(inputs) // len(there))
-            single = [rates[-1] for rates in variants if rates[:-1] == head_rate]
-            found = [criteria.magnitude_mask(w, rate, present(name)) for rate in single] if gram is None else \
-                criteria.obs_masks(w, single, gram, present(name), inputs)
-            masks |= {(*head_rate, rate): mask for rate, mask in zip(single, found, strict=True)}
-        for rates in variants:
-            chosen = {name: masks[rates]}
-            if attention and rates[0]:
-                parts = criteria.attention_masks(heads[rates[:-1]], weight(f"{block}.q.weight"), masks[rates])
-                chosen = {f"{block}.{part}.weight": mask for part, mask in parts.items()}
-            weights = {n: torch.where(mask, weight(n), 0.0) for n, mask in chosen.items()}
-            yield Variant(block, rates, weights, chosen)
+        for rates, masks in prune[kind_of(block)](model, block, variants, gram, stream_gram):
+            weights = {n: torch.where(mask, model.network.get_parameter(n), 0.0) for n, mask in masks.items()}
+            yield Variant(block, rates, weights, masks)
     except (UserError, ArithmeticError) as error:
         raise UserError(f"{block}: {error}") from None
+
+
+def _weight_masks(model: Model, name: str, rates, gram, inputs=None, outputs=None) -> dict[float, torch.Tensor]:
+    """Return {rate: mask} of single weights; see `common.pruning.criteria.obs_masks`."""
+    w, there = model.network.get_parameter(name).detach(), present(model, name)
+    masks = [criteria.magnitude_mask(w, rate, there) for rate in rates] if gram is None else \
+        criteria.obs_masks(w, rates, gram, there, inputs, outputs)
+    return dict(zip(rates, masks, strict=True))
+
+
+def _prune_linear(model, block, variants, gram, _):
+    masks = _weight_masks(model, f"{block}.weight", [rates[0] for rates in variants], gram)
+    for rates in variants:
+        yield rates, {f"{block}.weight": masks[rates[0]]}
+
+
+def _prune_attention(model, block, variants, gram, _):
+    there = heads_present(model, block)
+    q, k, v, o = (model.network.get_parameter(f"{block}.{part}.weight").detach() for part in (*HEAD_PARTS, "o"))
+    for head_rate in dict.fromkeys(rates[0] for rates in variants):
+        if gram is None:
+            heads = criteria.structure_mask(criteria.head_scores(q, k, v, len(there)), head_rate, there, "heads")
+        else:
+            heads = criteria.head_mask_by_output(o, gram, head_rate, there)
+        inner = heads.repeat_interleave(len(q) // len(heads))
+        single = [rates[1] for rates in variants if rates[0] == head_rate]
+        found = _weight_masks(model, f"{block}.o.weight", single, gram if heads.any() else None, inputs=inner)
+        for rate, o_mask in found.items():
+            parts = criteria.attention_masks(heads, q, o_mask) if head_rate else {"o": o_mask}
+            yield (head_rate, rate), {f"{block}.{part}.weight": mask for part, mask in parts.items()}
+
+
+def _prune_feed_forward(model, block, variants, gram, stream_gram):
+    there, wo = units_present(model, block), f"{block}.wo.weight"
+    readers, at = unit_parts(model, block), members(block).index
+    counts = {rate: criteria.check_removed(rate, int(there.sum()), "units") for rate in {r[0] for r in variants}}
+    if gram is None:
+        scores = criteria.unit_scores([*(model.network.get_parameter(n).detach() for n in readers),
+                                       model.network.get_parameter(wo).detach().T])
+    else:
+        order = criteria.unit_order(model.network.get_parameter(wo).detach(), gram, there, max(counts.values()))
+    for rates in variants:
+        if gram is None:
+            units = criteria.structure_mask(scores, rates[0], there, "units")
+        else:
+            units = there.clone()
+            units[order[:counts[rates[0]]]] = False
+        # What else a reader's rate removes are weights of units that stay; obs is undefined where none does.
+        chosen = {name: _weight_masks(model, name, [rate], stream_gram if units.any() and rate else None,
+                                      outputs=units)[rate]
+                  for name in readers for rate in (rates[at(name.removesuffix(".weight"))],)}
+        rate = rates[at(f"{block}.wo")]
+        chosen[wo] = _weight_masks(model, wo, [rate], gram if units.any() and rate else None, inputs=units)[rate]
+        yield rates, {name: mask & (units if name == wo else units[:, None]) for name, mask in chosen.items()}
 
 
 def prune_scheme(model: Model, scheme: Scheme) -> Iterator[Variant]:
@@ -94,9 +141,12 @@ def prune_scheme(model: Model, scheme: Scheme) -> Iterator[Variant]:
 def prune_scheme_by_obs(model: Model, scheme: Scheme, calibration: Batches, device) -> Iterator[Variant]:
     """Yield every variant of a scheme by the obs criterion, in execution order; the network is on ``device``."""
     for sublayer in walk(model.network, [list(calibration.fixed())], device, "obs"):
-        for block, seen in sublayer.moments(0, sublayer.blocks(scheme)).items():
+        blocks = sublayer.blocks(scheme)
+        seen = sublayer.moments(0, blocks)
+        for block in blocks:
+            own = sublayer.readers[0][0] if kind_of(block) == "feed-forward" else None
             try:
-                gram = seen.gram()
+                grams = [seen[name].gram() for name in (block, own) if name]
             except ArithmeticError as error:
                 raise UserError(f"{block}: {error}") from None
-            yield from prune_block(model, block, scheme[block], gram)
+            yield from prune_block(model, block, scheme[block], *grams)

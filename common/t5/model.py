@@ -7,13 +7,13 @@ Layout (``torch.load(path, weights_only=True, mmap=True)`` reads it)::
     tokenizer           the tokenizer (`tokenizers` library), JSON
     prefix              text put before each source sentence
     source, target      languages, parts of the names of text files; en and de where a file has none
-    weights             {name: float32 tensor}, tied tensors once
+    weights             {name: float32 tensor}, tied tensors once; of a pruned weight the kept values, row by row
     aliases             {name: name in weights} for tied tensors, JSON
     masks               {weight name: bits (numpy.packbits) of the mask}, for pruned weights
-    identity            SHA-256 over all of the above
+    identity            SHA-256 over all of the above, pruned weights with their zeros
     provenance          stage, arguments, seed, versions and the files it was made from, JSON
 
-It is a sealed archive, see `common.files.archive`.
+It is a sealed archive, see `common.files.archive`. Version 1, read too, stored pruned weights with zeros.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ from common.errors import UserError, brief
 from common.files.archive import all_plain, is_text, load_sealed, save_sealed
 from common.files.jsonfile import parse_json, to_json
 from common.files.provenance import is_provenance
-from common.t5.modules import block_of, prunable, weight_names
+from common.t5.modules import prunable, weight_names
 from common.t5.network import CONFIG_KEYS, LIMITS, build_network, sparsity
 from common.text.corpus import LANGUAGE
 
 FORMAT = "composable-pruning model"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -78,6 +78,13 @@ def unpack_mask(bits: torch.Tensor, shape) -> torch.Tensor:
     return torch.from_numpy(flat.view(bool)).view(*shape)
 
 
+def _spread(kept: torch.Tensor, mask: torch.Tensor, what: str) -> torch.Tensor:
+    """Return a weight with zeros outside its mask, out of the values that `save` kept."""
+    if kept.shape != (int(mask.sum()),):
+        raise UserError(f"{what} has {kept.numel():,} values, and its mask keeps {int(mask.sum()):,}")
+    return torch.zeros(mask.shape).masked_scatter_(mask, kept)
+
+
 def _identity(content: dict) -> str:
     value = hashlib.sha256()
     for key in ("config", "tokenizer", "prefix", "aliases"):
@@ -92,7 +99,7 @@ def _identity(content: dict) -> str:
 def save(path: Path, model: Model) -> None:
     """Write a model file atomically and set ``model.identity``.
 
-    Weights are stored in float32; weights outside a mask must be exactly zero already.
+    Weights are stored in float32, those outside a mask not at all; they must be exactly zero already.
     """
     network = model.network
     first: dict[int, str] = {}
@@ -114,6 +121,7 @@ def save(path: Path, model: Model) -> None:
         "masks": {name: pack_mask(mask) for name, mask in sorted(model.masks.items())},
     }
     model.identity = content["identity"] = _identity(content)
+    content["weights"] = weights | {name: weights[name][mask] for name, mask in model.masks.items()}
     content["provenance"] = to_json(model.provenance)
     save_sealed(path, content)
 
@@ -127,8 +135,9 @@ def load(path: Path) -> Model:
     content = load_sealed(path, "a model file")
     if content.get("format") != FORMAT:
         raise UserError(f"{path}: is not a model file of this toolkit; download_model.py makes one")
-    if type(content.get("version")) is not int or content["version"] != VERSION:  # a tensor compares elementwise
-        raise UserError(f"{path}: model file version {brief(content.get('version'))}, this toolkit reads {VERSION}")
+    version = content.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:  # a tensor compares elementwise
+        raise UserError(f"{path}: model file version {brief(version)}, this toolkit reads {VERSION} and older")
     broken = UserError(f"{path}: is not a complete model file of this toolkit")
     content = {"source": "en", "target": "de"} | content
     texts = ("config", "tokenizer", "prefix", "source", "target", "aliases", "identity", "provenance")
@@ -147,24 +156,33 @@ def load(path: Path) -> Model:
     network = build_network(config, str(path))
     if not all(isinstance(getattr(network.config, key, None), int) for key in LIMITS if key.endswith("_token_id")):
         raise broken
-    parameters = {name: torch.nn.Parameter(t) for name, t in weights.items()}
-    state = parameters | {name: parameters[of] for name, of in aliases.items() if is_text(of) and of in parameters}
+    aliases = {name: of for name, of in aliases.items() if is_text(of) and of in weights}
     shapes = {name: p.shape for name, p in network.state_dict().items()}
-    wrong = sorted(set(shapes) ^ set(state)) or [n for n in shapes if shapes[n] != state[n].shape]
-    if wrong:
-        raise UserError(f"{path}: its weights do not fit its configuration: {', '.join(map(brief, wrong[:3]))}")
+    maskable = {weight for name in prunable(network) for weight in weight_names(name)}
+
+    def check(wrong: list[str]) -> None:
+        if wrong:
+            raise UserError(f"{path}: its weights do not fit its configuration: {', '.join(map(brief, wrong[:3]))}")
+
+    check(sorted(shapes.keys() ^ (weights.keys() | aliases.keys())))
+    for name, bits in packed.items():
+        if name not in maskable & weights.keys() or bits.shape != (-(-shapes[name].numel() // 8),):
+            raise UserError(f"{path}: its mask of {brief(name)} does not fit")
+    if sum(bits.numel() for bits in packed.values()) > path.stat().st_size:  # some share theirs, to fill our memory
+        raise broken
+    masks = {name: unpack_mask(bits, shapes[name]) for name, bits in packed.items()}
+    for name, mask in masks.items():
+        if version > 1:
+            weights[name] = _spread(weights[name], mask, f"{path}: {name}")
+        elif weights[name].shape == mask.shape and weights[name][~mask].any():
+            raise UserError(f"{path}: {name} has weights outside its mask")
+    parameters = {name: torch.nn.Parameter(t) for name, t in weights.items()}
+    state = parameters | {name: parameters[of] for name, of in aliases.items()}
+    check([name for name in shapes if shapes[name] != state[name].shape])
     not_finite = [name for name, t in weights.items() if not torch.isfinite(t).all()]
     if not_finite:
         raise UserError(f"{path}: weights that are not finite: {', '.join(not_finite[:3])}")
     network.load_state_dict(state, assign=True)
-    maskable = {weight for name in prunable(network) for weight in weight_names(block_of(name))}
-    masks = {}
-    for name, bits in packed.items():
-        if name not in maskable or name not in weights or bits.numel() != -(-shapes[name].numel() // 8):
-            raise UserError(f"{path}: its mask of {brief(name)} does not fit")
-        masks[name] = unpack_mask(bits, shapes[name])
-        if weights[name][~masks[name]].any():
-            raise UserError(f"{path}: {name} has weights outside its mask")
     model = Model(network, content["tokenizer"], content["prefix"], content["source"], content["target"], masks,
                   content["identity"], provenance)
     try:

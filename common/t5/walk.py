@@ -72,8 +72,8 @@ class Sublayer:
         return [tuple(f"{self.name}.{part}" for part in group) for group in parts]
 
     def blocks(self, among) -> list[str]:
-        """Return which tuning blocks of ``among`` lie in this sub-layer: the attention, or wi (wi_0, wi_1) and wo."""
-        names = [self.name] if self.is_attention else [*self.readers[0], self.out]
+        """Return which tuning blocks of ``among`` lie in this sub-layer: itself, and of a feed-forward wi, wo."""
+        names = [self.name] if self.is_attention else [self.name, *self.readers[0], self.out]
         return [name for name in names if name in among]
 
     @torch.no_grad()
@@ -102,19 +102,22 @@ class Sublayer:
         Args:
             hold: keep it until the streams advance, because the weights of `out` change before that.
         """
-        inputs = [x for x, _ in self.inputs(stream)]
-        if self.is_attention:
-            q, k, v = (getattr(self.module, part)(inputs[i]) for part, i in (("q", 0), ("k", -1), ("v", -1)))
-            inner = attend(q, k, v, self.module.key_value_proj_dim, *self.biases(stream))
-        elif hasattr(self.module, "wi_0"):
-            inner = self.module.act(self.module.wi_0(inputs[0])) * self.module.wi_1(inputs[0])
-        else:
-            inner = self.module.act(self.module.wi(inputs[0]))
+        inner = self.mix(stream, lambda part: getattr(self.module, part).weight)
         if hold:
             stream._inner = inner
         else:
             stream._output = self._out(inner)
         return inner
+
+    def mix(self, stream: Stream, weight) -> torch.Tensor:
+        """Return what `out` would receive if each reader ``part`` had the weight ``weight(part)``; with gradients."""
+        inputs = [x for x, _ in self.inputs(stream)]
+        if self.is_attention:
+            q, k, v = (inputs[i] @ weight(part).T for part, i in (("q", 0), ("k", -1), ("v", -1)))
+            return attend(q, k, v, self.module.key_value_proj_dim, *self.biases(stream))
+        if hasattr(self.module, "wi_0"):
+            return self.module.act(inputs[0] @ weight("wi_0").T) * (inputs[0] @ weight("wi_1").T)
+        return self.module.act(inputs[0] @ weight("wi").T)
 
     @torch.no_grad()
     def output(self, stream: Stream) -> torch.Tensor:
@@ -124,8 +127,14 @@ class Sublayer:
         return stream._output
 
     def moments(self, split: int, blocks: list[str]) -> dict[str, Moments]:
-        """Return the moments of each block's input on one text (of an attention, its ``o``'s), shared where equal."""
+        """Return the moments of each block's input on one text, shared where equal.
+
+        Of a sub-layer that is a block, they are those of what `out` receives; of a feed-forward also, by its first
+        reader's name, those of what it receives itself.
+        """
         reading = [block for block in blocks if block not in (self.name, self.out)]
+        if self.name in blocks and not self.is_attention:
+            reading.append(self.readers[0][0])
         writing = [block for block in blocks if block in (self.name, self.out)]
         of_stream, of_inner = Moments(), Moments()
         for stream in self.splits[split]:

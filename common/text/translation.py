@@ -23,11 +23,12 @@ _BLEU_TOKENIZERS = {
 
 @dataclass
 class Translations:
-    """Translations in the order of the text, seconds, and the share that was cut at the limit of new tokens."""
+    """Translations in the order of the text, and how they were made."""
 
     texts: list[str]
     seconds: float
-    hit_limit: float
+    hit_limit: float  # the share that was cut at the limit of new tokens
+    tokens: int  # generated, ends of sentences among them, start and padding not
 
 
 @dataclass
@@ -70,7 +71,7 @@ def translate(model: Model, batches: Batches, device, beams: int = 1,
     network, tokenizer = model.network.eval(), model.tokenizer
     config, no_text = network.config, unknown(model)
     places = {id(example): i for i, example in enumerate(batches.dataset.examples)}
-    texts, unfinished, began = [""] * len(batches), 0, time.perf_counter()
+    texts, unfinished, tokens, began = [""] * len(batches), 0, 0, time.perf_counter()
     with progress(total=len(batches), what="translating", unit=" sentences") as bar:
         for examples in batches.epoch(None):
             batch = batches.collate(examples, device)
@@ -79,13 +80,16 @@ def translate(model: Model, batches: Batches, device, beams: int = 1,
                 max_new_tokens=max_new_tokens or 2 * batch["input_ids"].shape[1] + 16, use_cache=True,
                 pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id,
                 decoder_start_token_id=config.decoder_start_token_id).tolist()
-            unfinished += sum(config.eos_token_id not in row[1:] for row in ids)
+            ends = [config.eos_token_id in row[1:] for row in ids]
+            unfinished += ends.count(False)
+            tokens += sum(row.index(config.eos_token_id, 1) if end else len(row) - 1
+                          for row, end in zip(ids, ends, strict=True))
             pieces = [[i for i in cut(row, config) if i != no_text] for row in ids]
             # Flags leave out what no id of the model names, T5's sentinels for example.
             for example, text in zip(examples, tokenizer.decode_batch(pieces, skip_special_tokens=True), strict=True):
                 texts[places[id(example)]] = text.strip()
             bar.update(len(examples))
-    return Translations(texts, time.perf_counter() - began, unfinished / len(batches))
+    return Translations(texts, time.perf_counter() - began, unfinished / len(batches), tokens)
 
 
 def bleu_tokenizer(language: str) -> str:

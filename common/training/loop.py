@@ -39,7 +39,8 @@ class FitOptions:
         stats: the CSV to write, one row an evaluation.
         checkpoint: the folder in which an interrupted run leaves its state.
         dropout: while training; None for the model's own.
-        from_scratch: for an untrained model: warm-up, a learning rate that falls linearly to 0, faster embeddings.
+        decay: the learning rate falls linearly to 0.
+        from_scratch: for an untrained model: warm-up, decay, and embeddings that learn faster.
         max_grad_norm: None to leave gradients as they are.
     """
 
@@ -51,6 +52,7 @@ class FitOptions:
     target_loss: float | None = None
     eval_every: int | None = None
     resume: bool = False
+    decay: bool = False
     from_scratch: bool = False
     dropout: float | None = None
     max_grad_norm: float | None = 1.0
@@ -240,10 +242,12 @@ class _Run:
 
     def _learning_rate(self, total_batches: int) -> float:
         state, options = self.state, self.options
-        if not options.from_scratch:
-            return options.lr
-        done = (state.epoch + state.batch / total_batches) / options.epochs
-        return options.lr * min(1.0, (state.step + 1) / WARMUP) * (1 - done)
+        rate = options.lr
+        if options.from_scratch:
+            rate *= min(1.0, (state.step + 1) / WARMUP)
+        if options.decay or options.from_scratch:
+            rate *= 1 - (state.epoch + state.batch / total_batches) / options.epochs
+        return rate
 
     def _step(self, batches, total: int):
         state = self.state

@@ -92,13 +92,15 @@ class _Heads:
     @torch.no_grad()
     def solve_o(self, items: list[_Item]) -> None:
         """Make ``o`` the least-squares solution for the present q, k and v. Mutates the weights."""
-        seen = Moments()
+        seen = {part.start: Moments() for part in self.slices}
         for item in items:
-            seen.add(self.inner(item), item.target[item.valid])
+            x, target = self.inner(item), item.target[item.valid]
+            for part in {part.start: part for part in self.slices}.values():
+                seen[part.start].add(x[:, part], target)
         parts = zip(self.slices, self.keep.split(self.sizes), self.weights["o"].split(self.sizes), strict=True)
         for part, keep, o in parts:
-            prior = torch.where(keep, o, 0.0).T
-            o.copy_(solve(seen.gram()[part, part], seen.cross()[:, part], prior, keep.T).weight.T)
+            moments, prior = seen[part.start], torch.where(keep, o, 0.0).T
+            o.copy_(solve(moments.gram(), moments.cross(), prior, keep.T).weight.T)
 
     @torch.enable_grad()
     def descend(self, items: list[_Item], steps: int) -> None:

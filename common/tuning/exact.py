@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from common.errors import UserError
-from common.least_squares import SOLVED_AT_ONCE, error, solve
+from common.least_squares import SOLVED_AT_ONCE, Moments, error, solve
 from common.pruning.bank import Bank, Key, Variant
 from common.runtime import say
-from common.t5.modules import HEAD_PARTS, kind_of
-from common.t5.walk import walk
+from common.t5.modules import kind_of
+from common.t5.walk import Sublayer, walk
 from common.text.batches import Batches
 from common.tuning import attention_steps
 
@@ -46,10 +46,11 @@ def tune(network, bank: Bank, calibration: Batches, valid: Batches, device,
          steps: int = ATTENTION_STEPS) -> Iterator[Report]:
     """Yield every variant of a bank, re-fitted to the original's outputs, in execution order.
 
-    A linear block's weights, and the out-projection of an attention with its kept heads, become the least-squares
-    solution on the calibration text. Variants of a block share its statistics, and are solved together where memory
-    allows (`SOLVED_AT_ONCE`). Attentions that lost heads and are left an error above `ATTENTION_ERROR` then take
-    ``steps`` on q, k, v and o. A block whose output is zero on all of the text keeps its masked weights.
+    A linear block's weights, and the out-projection of an attention with its kept heads or of a feed-forward with its
+    kept units, become the least-squares solution on the calibration text. Variants of a block share its statistics, and
+    are solved together where memory allows (`SOLVED_AT_ONCE`). Attentions that lost heads and are left an error above
+    `ATTENTION_ERROR` then take ``steps`` on q, k, v and o. A block whose output is zero on all of the text keeps its
+    masked weights, and a sub-layer that is skipped has nothing to tune.
 
     Args:
         network: the original model, on ``device``.
@@ -65,14 +66,20 @@ def tune(network, bank: Bank, calibration: Batches, valid: Batches, device,
         moments = [sublayer.moments(split, blocks) for split in (0, 1)]
         for block in blocks:
             try:
-                yield from _tune_block(network, bank, block, keys[block], *(m[block].gram() for m in moments), sublayer,
-                                       device, steps)
+                mixed = [key for key in keys[block] if kind_of(block) == "feed-forward" and any(key[1][1:-1])]
+                shared = [key for key in keys[block] if key not in mixed]
+                if shared:
+                    yield from _tune_block(network, bank, block, shared, *(m[block].gram() for m in moments), sublayer,
+                                           device, steps)
+                for key in mixed:
+                    yield _tune_feed_forward(network, bank.read(key), moments[0][sublayer.readers[0][0]].gram(),
+                                             sublayer, device)
             except ArithmeticError as problem:
                 raise UserError(f"{block}: {problem}") from None
 
 
 def _tune_block(network, bank, block, keys, gram, check, sublayer, device, steps) -> Iterator[Report]:
-    name = f"{block}.o.weight" if kind_of(block) == "attention" else f"{block}.weight"
+    name = f"{block}.weight" if kind_of(block) == "linear" else f"{sublayer.out}.weight"
     target = network.get_parameter(name).detach()
     nothing = torch.zeros_like(target)
     power, valid_power = (error(m, target, nothing) for m in (gram, check))
@@ -97,7 +104,8 @@ def _tune_block(network, bank, block, keys, gram, check, sublayer, device, steps
                       for m, p in ((gram, power), (check, valid_power)) for w in (old, new)]
             variant.weights[name] = new.cpu()
             report = Report(variant, *errors, seconds)
-            if steps and kind_of(block) == "attention" and variant.rates[0] and report.after > ATTENTION_ERROR:
+            lost = kind_of(block) == "attention" and 0 < variant.rates[0] < 1
+            if steps and lost and report.after > ATTENTION_ERROR:
                 report.variant = variant.key  # read and solved again in its turn: all at once may not fit into memory
                 hard.append(report)
             else:
@@ -106,11 +114,46 @@ def _tune_block(network, bank, block, keys, gram, check, sublayer, device, steps
         yield from attention_steps.tune(bank, hard, sublayer, device, steps)
 
 
+def _tune_feed_forward(network, variant: Variant, gram: torch.Tensor, sublayer: Sublayer, device) -> Report:
+    """Fit wi (wi_0, wi_1) to the original's outputs, then wo to the feed-forward's with the units that wi makes."""
+    began = time.perf_counter()
+    readers, out = [f"{name}.weight" for name in sublayer.readers[0]], f"{sublayer.out}.weight"
+
+    def inner(stream, weights):
+        return sublayer.mix(stream, lambda part: weights[f"{sublayer.name}.{part}.weight"])[stream.valid]
+
+    def errors(weights):
+        result = []
+        for split in sublayer.splits:
+            lost = power = 0.0
+            for stream in split:
+                target = sublayer.output(stream)[stream.valid].double()
+                lost += float((inner(stream, weights) @ weights[out].T - target).square().sum())
+                power += float(target.square().sum())
+            result.append(lost / power if power > 1e-30 else 0.0)
+        return result
+
+    masks = {name: mask.to(device) for name, mask in variant.masks.items()}
+    weights = {name: torch.where(mask, network.get_parameter(name), 0.0) for name, mask in masks.items()}
+    before = errors(weights)
+    for name in readers:
+        target = network.get_parameter(name)
+        weights[name] = solve(gram, target.double() @ gram, target, masks[name]).weight.float()
+    seen = Moments()
+    for stream in sublayer.splits[0]:
+        seen.add(inner(stream, weights), sublayer.output(stream)[stream.valid])
+    weights[out] = solve(seen.gram(), seen.cross(), weights[out], masks[out]).weight.float()
+    after = errors(weights)
+    variant.weights = {name: w.cpu() for name, w in weights.items()}
+    return Report(variant, before[0], after[0], before[1], after[1], time.perf_counter() - began)
+
+
 def check_original(network, variant: Variant) -> None:
-    """Raise `UserError` unless q, k and v are still the original's, on whose outputs ``o`` is fitted."""
-    for part in HEAD_PARTS:
-        name = f"{variant.block}.{part}.weight"
-        if name in variant.weights and not torch.equal(
-                variant.weights[name], torch.where(variant.masks[name], network.get_parameter(name).cpu(), 0.0)):
-            raise UserError(f"{variant.block}: its {part} was tuned already, and the exact solver fits o to the "
-                            "original's; give the bank that prune.py wrote, or --solver adamw")
+    """Raise `UserError` unless what makes the inputs of ``o`` or ``wo`` is still the original's."""
+    if kind_of(variant.block) == "linear":
+        return
+    for name, weight in variant.weights.items():
+        if not name.endswith((".o.weight", ".wo.weight")) and not torch.equal(
+                weight, torch.where(variant.masks[name], network.get_parameter(name).cpu(), 0.0)):
+            raise UserError(f"{variant.block}: its {name.split('.')[-2]} was tuned already, and the exact solver fits "
+                            "what follows to the original's; give the bank that prune.py wrote, or --solver adamw")

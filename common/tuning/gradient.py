@@ -5,7 +5,7 @@ from torch import nn
 
 from common.pruning.bank import Bank, Variant
 from common.t5.modules import kind_of
-from common.t5.walk import Sublayer, attend, walk
+from common.t5.walk import Sublayer, walk
 from common.text.batches import Batches
 
 
@@ -40,7 +40,8 @@ class BlockReconstruction(BankWeights):
     """Mean over all variants of the relative squared error of the block's output, as an objective for training.
 
     Every variant receives the input its block receives in the original model; an attention's target is the
-    attention's output, so that q, k, v and o are tuned together. ``forward`` returns (loss × tokens, tokens).
+    attention's output, so that q, k, v and o are tuned together. ``forward`` returns (loss × target tokens, target
+    tokens), each block's error weighted by its own tokens: over ``batches`` the loss is the mean of `errors`.
     """
 
     def __init__(self, network, bank: Bank, batches: Batches, device):
@@ -50,13 +51,16 @@ class BlockReconstruction(BankWeights):
         for i, variant in enumerate(self.variants):
             self.of.setdefault(variant.block, []).append(i)
         self.power: dict[str, float] = {}
-        for sublayer in walk(network, [list(batches.fixed())], device):
+        self.share: dict[str, float] = {}  # target tokens for each token of the block
+        text = list(batches.fixed())
+        targets = sum(int((batch["labels"] >= 0).sum()) for batch in text)
+        for sublayer in walk(network, [text], device):
             for block in sublayer.blocks(self.of):
                 tokens, total = 0, 0.0
                 for stream in sublayer.splits[0]:
                     target = _target(sublayer, block, stream)[stream.valid]
                     total, tokens = total + float(target.square().sum()), tokens + len(target)
-                self.power[block] = max(total / tokens, 1e-30)
+                self.power[block], self.share[block] = max(total / tokens, 1e-30), targets / tokens
 
     def _errors(self, batch) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Return each variant's (relative squared error, summed over the tokens that count; number of these)."""
@@ -71,8 +75,9 @@ class BlockReconstruction(BankWeights):
         return errors
 
     def forward(self, batch):
-        tokens = (batch["labels"] >= 0).sum()
-        return sum(e / n for e, n in self._errors(batch).values()) / len(self.variants) * tokens, tokens
+        errors = self._errors(batch)
+        return sum(errors[i][0] * self.share[v.block] for i, v in enumerate(self.variants)) / len(errors), (
+            batch["labels"] >= 0).sum()
 
     @torch.no_grad()
     def errors(self, batches: Batches, device) -> list[float]:
@@ -97,8 +102,7 @@ def _output(sublayer: Sublayer, block: str, stream, weights: dict[str, torch.Ten
     if kind_of(block) == "linear":
         x = sublayer.inner(stream) if block == sublayer.out else sublayer.inputs(stream)[0][0]
         return x @ weights[f"{block}.weight"].T
-    groups = [x for x, _ in sublayer.inputs(stream)]
-    own = {part: weights.get(f"{block}.{part}.weight", getattr(sublayer.module, part).weight) for part in "qkvo"}
-    inner = attend(groups[0] @ own["q"].T, groups[-1] @ own["k"].T, groups[-1] @ own["v"].T,
-                   sublayer.module.key_value_proj_dim, *sublayer.biases(stream))
-    return inner @ own["o"].T
+    def weight(part):
+        return weights.get(f"{block}.{part}.weight", getattr(sublayer.module, part).weight)
+
+    return sublayer.mix(stream, weight) @ weight(sublayer.out.rpartition(".")[2]).T

@@ -37,10 +37,6 @@ def test_what_was_saved_is_loaded(path):
     assert torch.equal(content.pop("x"), torch.arange(300.0)) and content == {"name": "ä", "n": 3}
 
 
-def test_torch_reads_it_without_the_toolkit(path):
-    assert torch.load(path, weights_only=True, mmap=True)["n"] == 3
-
-
 def test_every_flipped_bit_is_noticed_with_the_files_name(path):
     good, rng = path.read_bytes(), random.Random(0)
     for place in {0, 30, len(good) - 80, len(good) - 1, *(rng.randrange(len(good)) for _ in range(200))}:
@@ -56,13 +52,8 @@ def test_a_foreign_file_is_refused(path, data):
         load_sealed(path, "a file")
 
 
-def test_a_cut_file_is_refused(path):
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(UserError, match="is truncated"):
-        load_sealed(path, "a file")
-
-
-@pytest.mark.parametrize("value", [Calls(bytearray, 1 << 33), Calls(torch.Tensor, 1 << 40), Calls(torch.device, "cuda")])
+@pytest.mark.parametrize("value", [Calls(bytearray, 1 << 33), Calls(torch.Tensor, 1 << 40),
+                                   Calls(torch.device, "cuda")])
 def test_a_sealed_pickle_that_calls_anything_but_tensors_is_refused(path, value):
     path.write_bytes(sealed_pickle({"format": value}))
     with pytest.raises(UserError, match=r"nothing in it was run \(it names '"):
@@ -81,12 +72,6 @@ def test_the_hostile_pickle_of_these_tests_is_hostile(tmp_path, path):
     assert (tmp_path / "hacked").exists()
     path.write_bytes(sealed_pickle({"format": 1}))
     assert load_sealed(path, "a file") == {"format": 1}
-
-
-def test_a_list_is_no_content(path):
-    path.write_bytes(sealed_pickle([1]))
-    with pytest.raises(UserError, match="is not a file of this toolkit"):
-        load_sealed(path, "a file")
 
 
 @pytest.mark.parametrize("how", ["entry", "storage"])

@@ -21,12 +21,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_write_replaces_the_old_file(tmp_path):
-    (tmp_path / "a.json").write_text("old")
-    write_bytes(tmp_path / "a.json", b"new")
-    assert (tmp_path / "a.json").read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
-
-
 def killed(code: str) -> None:
     """Run ``code``, which kills itself, in a process of its own."""
     code = "import os, pathlib; from common.files import atomic\n" + code + "\n    os.kill(os.getpid(), 9)\n"
@@ -42,7 +36,7 @@ def test_killed_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
 
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     calls, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"))) or fsync(fd))
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append(("fsync", os.readlink(f"/proc/self/fd/{f}"))) or fsync(f))
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append(("replace", str(a), str(b))) or replace(a, b))
     write_bytes(tmp_path / "a.json", b"x")
     temporary = calls[0][1]
@@ -68,7 +62,7 @@ def test_the_lock_of_a_killed_process_means_nothing(tmp_path):
 
 
 def test_outputs_are_checked_again_under_the_lock(tmp_path, monkeypatch):
-    """Of two runs that start together the second gets the lock when the first has ended; it must not replace its file."""
+    """Of two runs that start together the second gets the lock when the first has written its file."""
     @contextlib.contextmanager
     def late(*paths):
         paths[0].write_text("fresh")

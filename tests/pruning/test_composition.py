@@ -47,7 +47,8 @@ def test_a_composed_model_equals_weights_set_by_hand(tmp_path, kind):
         assert torch.equal(p.detach(), expected[name]), name
     for name, mask in model.masks.items():
         assert torch.equal(mask, expected[name] != 0), name
-    assert len(model.masks) == sum(4 if of == "attention" else not n.endswith(".o") for n, of in prunable(plain).items())
+    linear = [name for name, of in prunable(plain).items() if of == "linear" and not name.endswith(".o")]
+    assert len(model.masks) == 6 * 4 + len(linear)
 
 
 def test_a_removed_head_contributes_nothing():

@@ -10,11 +10,11 @@ ATTENTION, WI = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.
 
 def test_all_problems_of_a_file_are_told_together(tmp_path):
     path = tmp_path / "c.json"
-    path.write_text(json.dumps([{ATTENTION: 1.3, "shared": 0.5}, {WI: "half"}, {WI: True}, 7]))
+    path.write_text(json.dumps([{WI: 1.3, "shared": 0.5}, {WI: "half"}, {WI: True}, 7]))
     with pytest.raises(UserError) as caught:
         configs.read_configurations(path)
     message = str(caught.value)
-    for part in (f"configuration 0: {ATTENTION}: pruning rate 1.3 is not in [0, 1)",
+    for part in (f"configuration 0: {WI}: pruning rate 1.3 is not in [0, 1)",
                  "configuration 0: 'shared': is not a module that can be pruned",
                  f"configuration 1: {WI}: pruning rate 'half' is not a number",
                  f"configuration 2: {WI}: pruning rate True is not a number",

@@ -37,12 +37,13 @@ def test_every_problem_of_its_blocks_is_named(tmp_path):
     with pytest.raises(UserError) as caught:
         read_scheme(tmp_path / "s.json")
     for part in (f"'{ATTENTION}.o': is not a block that can be pruned", f"{WI}: pruning rate 1.0 is not in [0, 1)",
-                 f"{WI}: a variant needs the rates of {WI}", f"{ATTENTION}: lists no variant"):
+                 f"{WI}: a variant needs rates of {WI}", f"{ATTENTION}: lists no variant"):
         assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(("content", "complaint"), [
-    ([{WI: 0.5}], "is not a pruning scheme"), ({"format": FORMAT, "version": 1}, "scheme version 1, this toolkit reads"),
+    ([{WI: 0.5}], "is not a pruning scheme"),
+    ({"format": FORMAT, "version": 1}, "scheme version 1, this toolkit reads"),
     ({"format": FORMAT, "version": VERSION, "blocks": {}}, "holds nothing to prune")])
 def test_another_file_is_refused(tmp_path, content, complaint):
     (tmp_path / "s.json").write_text(json.dumps(content))

@@ -10,75 +10,77 @@ from common.pruning.configurations import required_variants, uniform
 from common.pruning.variants import prune_scheme
 from common.t5.loss import TranslationLoss, evaluate
 from common.t5.model import Model
-from common.t5.modules import prunable
+from common.t5.modules import members, prunable
 from tests.small import Text, scheme_of, small_network, write_bank
 
-BLOCKS = ("encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense.wi",
-          "encoder.block.0.layer.1.DenseReluDense.wo")
+FF = "encoder.block.0.layer.1.DenseReluDense"
+ATTENTION, WI, WO = "encoder.block.0.layer.0.SelfAttention", f"{FF}.wi", f"{FF}.wo"
 ORIGIN = {"model": "1" * 64, "bank": "2" * 64}
+PRESENT = 300
 
 
-def example(seed=0):
-    """Three blocks with two variants each: (sensitivity, sizes, all configurations as (size, loss, keys))."""
+def example(seed=0, blocks=(ATTENTION, WI, WO)):
+    """Blocks with two variants each: (sensitivity, weights removed, all configurations as (size, loss, keys)).
+
+    A feed-forward and its linear modules cannot both be pruned.
+    """
     g = np.random.default_rng(seed)
-    options = {block: [None, *((block, (rate,) * (2 if "Attention" in block else 1)) for rate in (0.25, 0.5))]
-               for block in BLOCKS}
-    sizes = {block: int(g.integers(50, 100)) for block in BLOCKS}
-    losses = {}
-    for block, (_, *keys) in options.items():
-        for key in keys:
-            sizes[key], losses[key] = int(g.integers(1, sizes[block])), 2.0 + float(g.normal())
-    every = [(sum(sizes[k or b] for b, k in zip(BLOCKS, keys, strict=True)),
-              2.0 + sum(losses[k] - 2.0 for k in keys if k), keys) for keys in itertools.product(*options.values())]
-    return search.Sensitivity(2.0, losses), sizes, every
+    options = {block: [None, *((block, (rate,) * len(members(block))) for rate in (0.25, 0.5))] for block in blocks}
+    keys = [key for _, *keys in options.values() for key in keys]
+    removed, losses = ({key: draw() for key in keys} for draw in (lambda: int(g.integers(1, 60)),
+                                                                  lambda: 2.0 + float(g.normal())))
+    every = []
+    for chosen in itertools.product(*options.values()):
+        chosen = tuple(key for key in chosen if key)
+        if not (any(key[0] == FF for key in chosen) and any(key[0] in (WI, WO) for key in chosen)):
+            every.append((PRESENT - sum(removed[key] for key in chosen),
+                          2.0 + sum(losses[key] - 2.0 for key in chosen), chosen))
+    return search.Sensitivity(2.0, losses), removed, every
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_front_is_what_no_configuration_beats(seed):
-    found, sizes, every = example(seed)
+@pytest.mark.parametrize("blocks", [(ATTENTION, WI, WO), (WI, FF, ATTENTION, WO), (FF,)])
+def test_the_front_is_what_no_configuration_beats(seed, blocks):
+    found, removed, every = example(seed, blocks)
     best = [(s, x) for s, x, _ in every if not any((a <= s and b < x) or (a < s and b <= x) for a, b, _ in every)]
-    front = search.front(found, sizes)
+    front = search.front(found, removed, PRESENT)
     assert np.array(sorted(zip(front.sizes, front.losses, strict=True))) == pytest.approx(np.array(sorted(best)))
 
 
-def test_a_place_on_the_front_gives_its_configuration():
-    found, sizes, every = example()
-    front = search.front(found, sizes)
+@pytest.mark.parametrize("blocks", [(ATTENTION, WI, WO), (WI, FF, ATTENTION, WO)])
+def test_a_place_on_the_front_gives_its_configuration(blocks):
+    found, removed, _ = example(0, blocks)
+    front = search.front(found, removed, PRESENT)
     for i in range(len(front.sizes)):
         keys = required_variants(front.configuration(i)).items()
-        assert sum(sizes[k] for k in keys) + sum(sizes[b] for b in BLOCKS if b not in dict(keys)) == front.sizes[i]
-        assert 2.0 + sum(found.losses[k] - 2.0 for k in keys) == pytest.approx(front.losses[i])
-
-
-def test_blocks_outside_the_bank_keep_their_weights():
-    found, sizes, _ = example()
-    with_more = search.front(found, sizes | {"decoder.block.0.layer.2.DenseReluDense.wo": 1000})
-    assert with_more.sizes == pytest.approx(search.front(found, sizes).sizes + 1000)
+        assert PRESENT - sum(removed[key] for key in keys) == front.sizes[i]
+        assert 2.0 + sum(found.losses[key] - 2.0 for key in keys) == pytest.approx(front.losses[i])
 
 
 def test_the_best_for_a_sparsity_and_the_smallest_for_a_loss():
-    found, sizes, every = example()
-    front, total = search.front(found, sizes), sum(sizes[b] for b in BLOCKS)
-    best = min(x for s, x, _ in every if s <= 0.6 * total)
-    assert front.losses[front.at_sparsity(0.4, total)] == pytest.approx(best)
+    found, removed, every = example()
+    front = search.front(found, removed, PRESENT)
+    best = min(x for s, x, _ in every if s <= 0.8 * PRESENT)
+    assert front.losses[front.at_sparsity(0.2, PRESENT)] == pytest.approx(best)
     assert front.sizes[front.at_loss(2.3)] == min(s for s, x, _ in every if x <= 2.3)
-    assert front.at_sparsity(0.999, total) is None and front.at_loss(-9.0) is None
+    assert front.at_sparsity(0.999, PRESENT) is None and front.at_loss(-9.0) is None
 
 
-@pytest.mark.parametrize("percent", range(1, 100))
-def test_a_configuration_of_just_the_sparsity_asked_for_is_found(percent):
+def test_a_configuration_of_just_the_sparsity_asked_for_is_found():
     """(1 - 0.9) × 1000 is a little less than 100."""
-    key = (BLOCKS[1], (0.9,))
-    front = search.front(search.Sensitivity(2.0, {key: 3.0}), {BLOCKS[1]: 1000, key: 1000 - 10 * percent})
-    assert front.configuration(front.at_sparsity(percent / 100, 1000)) == {BLOCKS[1]: 0.9}
+    for percent in range(1, 100):
+        front = search.front(search.Sensitivity(2.0, {(WI, (0.9,)): 3.0}), {(WI, (0.9,)): 10 * percent}, 1000)
+        assert front.at_sparsity(percent / 100, 1000) == 1, percent
 
 
 def test_a_coarse_front_is_short_and_of_real_configurations(monkeypatch):
-    monkeypatch.setattr(search, "RESOLUTION", 8)
+    exact = [len(search.front(*example(seed)[:2], PRESENT).sizes) for seed in range(5)]
+    monkeypatch.setattr(search, "RESOLUTION", 3)
+    assert max(exact) > 3 + 1
     for seed in range(5):
-        found, sizes, every = example(seed)
-        front = search.front(found, sizes)
-        assert 1 < len(front.sizes) <= 8 + 1
+        found, removed, every = example(seed)
+        front = search.front(found, removed, PRESENT)
+        assert len(front.sizes) <= min(3 + 1, exact[seed])
         for size, loss in zip(front.sizes, front.losses, strict=True):
             assert any(s == size and x == pytest.approx(loss) for s, x, _ in every)
 
@@ -88,28 +90,31 @@ def pruned(tmp_path, network=None, masks=None):
     return model, write_bank(tmp_path / "b.npy", prune_scheme(model, scheme_of(model.network, (0.25, 0.5), (0.0, 0.5))))
 
 
-def test_kept_weights_by_hand(tmp_path):
+def test_removed_weights_by_hand(tmp_path):
     """d_model 32, d_ff 48, 4 heads of 8: an attention has 4 × 32 × 32 weights, wi 48 × 32."""
     model, opened = pruned(tmp_path)
-    sizes, total = search.kept_weights(model, opened)
-    assert total == 6 * 4096 + 8 * 1536
-    assert sizes[BLOCKS[0]] == 4096 and sizes[BLOCKS[1]] == 1536 and sizes[BLOCKS[1], (0.5,)] == 768
-    variant = opened.read((BLOCKS[0], (0.25, 0.5)))
-    assert sizes[variant.key] == sum(int(m.sum()) for m in variant.masks.values())
-    assert sizes[BLOCKS[0], (0.0, 0.5)] == 3 * 1024 + 512  # only its o is in the bank
+    removed, present, total = search.removed_weights(model, opened)
+    assert present == total == 6 * 4096 + 8 * 1536 and removed.keys() == opened.entries.keys()
+    assert removed[WI, (0.5,)] == 768
+    variant = opened.read((ATTENTION, (0.25, 0.5)))
+    assert removed[variant.key] == sum(int((~m).sum()) for m in variant.masks.values())
+    assert removed[ATTENTION, (0.0, 0.5)] == 512  # only its o is in the bank
 
 
-def test_kept_weights_of_a_second_round_count_what_is_there(tmp_path):
+def test_removed_weights_of_a_second_round_count_what_is_there(tmp_path):
     first, opened = pruned(tmp_path)
     composition.compose(first, opened, uniform(prunable(first.network), 0.25, 0.5))
     model, second = pruned(tmp_path, first.network, first.masks)
-    sizes, total = search.kept_weights(model, second)
-    assert total == 6 * 4096 + 8 * 1536 and sizes[BLOCKS[1]] == 768 and sizes[BLOCKS[1], (0.5,)] == 384
-    o = int(model.masks[f"{BLOCKS[0]}.o.weight"].sum())
-    assert sizes[BLOCKS[0]] == 3 * 24 * 32 + o
-    assert sizes[BLOCKS[0], (0.0, 0.5)] == pytest.approx(3 * 24 * 32 + o / 2, abs=0.5)
-    variant = second.read((BLOCKS[0], (0.25, 0.5)))
-    assert sizes[variant.key] == sum(int(m.sum()) for m in variant.masks.values())
+    removed, present, total = search.removed_weights(model, second)
+    there = {name: int(mask.sum()) for name, mask in model.masks.items()}
+    assert total == 6 * 4096 + 8 * 1536 and present == sum(there.values()) < 0.7 * total
+    assert removed[WI, (0.5,)] == 384
+    assert removed[ATTENTION, (0.0, 0.5)] == pytest.approx(there[f"{ATTENTION}.o.weight"] / 2, abs=0.5)
+    variant = second.read((ATTENTION, (0.25, 0.5)))
+    assert removed[variant.key] == sum(there[name] - int(m.sum()) for name, m in variant.masks.items())
+    composition.install(model, variant)
+    composed = sum(int(mask.sum()) for mask in model.masks.values())
+    assert search.removed_weights(model, second)[1] == composed == present - removed[variant.key]
 
 
 def test_measuring_is_composing_one_variant_and_leaves_the_model_as_it_was(tmp_path):
@@ -155,6 +160,7 @@ def test_a_measurement_must_have_a_loss_for_every_variant(tmp_path, loss):
     _, opened = pruned(tmp_path)
     losses = dict.fromkeys(opened.entries, 2.5)
     last = losses.popitem()[0]
-    search.write(tmp_path / "s.json", search.Sensitivity(2.0, losses if loss is None else losses | {last: loss}), ORIGIN)
+    losses |= {} if loss is None else {last: loss}
+    search.write(tmp_path / "s.json", search.Sensitivity(2.0, losses), ORIGIN)
     with pytest.raises(UserError, match="s.json: does not list every variant of the bank once"):
         search.read(tmp_path / "s.json", opened, ORIGIN)

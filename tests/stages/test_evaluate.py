@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
+from common import plots
 from common.t5 import model as models
 from common.text.batches import Batches
 from common.text.corpus import Corpus, read_pairs
@@ -18,8 +19,8 @@ from common.text.translation import translate
 from tests.small import ROOT, load_stage
 
 KEYS = ["model", "identity", "source", "target", "test_set", "num_beams", "max_new_tokens", "hit_limit",
-        "validation_loss", "bleu", "bleu_signature", "chrf", "chrf_signature", "notes", "seconds", "parameters",
-        "zeros", "masked", "bytes", "examples"]
+        "validation_loss", "bleu", "bleu_signature", "chrf", "chrf_signature", "notes", "seconds",
+        "tokens_per_second", "parameters", "zeros", "shrunk_parameters", "masked", "bytes", "examples"]
 
 
 @pytest.fixture
@@ -65,6 +66,8 @@ def test_the_report_says_what_sacrebleu_says(made, run, text):
     assert "case:lc" in rows[0]["bleu_signature"] and result.out.count("case:lc|eff:no|tok:13a") == 1
     assert rows[0]["bytes"] == (made / "origin.pth").stat().st_size
     assert (rows[0]["zeros"], rows[0]["masked"], rows[1]["masked"]) == (0, False, True) and rows[1]["zeros"] > 0
+    assert rows[0]["shrunk_parameters"] == rows[0]["parameters"] == rows[1]["parameters"]
+    assert rows[1]["shrunk_parameters"] < rows[1]["parameters"] and f"{rows[1]['shrunk_parameters']:,}" in result.out
 
 
 def test_the_limit_of_new_tokens_is_told(made, run):
@@ -78,9 +81,9 @@ def test_the_limit_of_new_tokens_is_told(made, run):
 def test_a_limit_that_nothing_hits_is_not_in_the_table(made, run, monkeypatch):
     from common.text import translation
 
-    monkeypatch.setattr(translation, "translate", lambda *a: translation.Translations(["a b c d"] * 4, 1.0, 0.0))
+    monkeypatch.setattr(translation, "translate", lambda *a: translation.Translations(["a b c d"] * 4, 2.0, 0.0, 48))
     result, (row,) = run("-m", made / "origin.pth")
-    assert row["hit_limit"] == 0 and result.out.splitlines()[1].endswith("1.0")
+    assert row["hit_limit"] == 0 and result.out.splitlines()[1].endswith("  24")
 
 
 def test_each_model_is_scored_by_its_own_languages(made, run, tmp_path):
@@ -99,14 +102,14 @@ def test_perfect_chinese_scores_100(made, run, tmp_path, monkeypatch):
     for split in ("val", "test_2016_flickr"):
         shutil.copy(tmp_path / "text" / f"{split}.zh", tmp_path / "text" / f"{split}.zh_CN")
     perfect = (tmp_path / "text" / "val.zh").read_text().splitlines()
-    monkeypatch.setattr(translation, "translate", lambda *a: translation.Translations(perfect, 1.0, 0.0))
+    monkeypatch.setattr(translation, "translate", lambda *a: translation.Translations(perfect, 1.0, 0.0, 1))
     assert run("-m", chinese)[1][0]["bleu"] == pytest.approx(100)
 
 
 def test_notes_are_printed_once(made, run, tmp_path, monkeypatch):
     from common.text import translation
 
-    monkeypatch.setattr(translation, "translate", lambda *a: translation.Translations(["Ja"] * 4, 1.0, 0.0))
+    monkeypatch.setattr(translation, "translate", lambda *a: translation.Translations(["Ja"] * 4, 1.0, 0.0, 1))
     result, rows = run("-m", made / "origin.pth", made / "pruned.pth")
     assert result.out.count("note: no translation into de is 4 words long") == 1 and len(rows[1]["notes"]) == 1
 
@@ -218,20 +221,19 @@ def row(name, zeros, bleu, masked=True, **more) -> dict:
 
 
 def test_the_picture_joins_arms_and_marks_what_is_dense(tmp_path, monkeypatch):
-    from common import plots
-
     seen, legend = [], plots.legend
     monkeypatch.setattr(plots, "legend", lambda *a: seen.extend(a) or legend(*a))
     load_stage("evaluate").draw(tmp_path / "a.svg", [
-        row("_c_1.pth", 800_000, 20.0), row("_c_0.pth", 500_000, 25.0), row("$o$.pth", 9, 30.0, masked=False),
-        row("foreign.pth", 600_000, 22.0, masked=False)])
+        row("_c_1.pth", 800_000, 20.0), row("_c_0.pth", 500_000, 25.0), row("$o$1.pth", 9, 30.0, masked=False),
+        row("foreign.pth", 600_000, 22.0, masked=False), row("$o$2.pth", 0, 29.0, masked=False)])
     axes, lines, names = seen
     assert names == [r"\$o\$ (dense)", "_c", "foreign"]
     assert [list(zip(*line.get_data(), strict=True)) for line in lines] == [
-        [(0.999991, 30.0)], [(0.2, 20.0), (0.5, 25.0)], [(0.4, 22.0)]]
+        [(0.999991, 30.0), (1.0, 29.0)], [(0.2, 20.0), (0.5, 25.0)], [(0.4, 22.0)]]
     assert [line.get_marker() == "*" for line in lines] == [True, False, False]
+    assert [line.get_linestyle() for line in lines] == ["None", "-", "None"]
     dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
-    assert [list(line.get_ydata()) for line in dotted] == [[30.0, 30.0]]
+    assert [list(line.get_ydata()) for line in dotted] == [[30.0, 30.0], [29.0, 29.0]]
     assert axes.get_title() == "test_2016_flickr, en to de" and axes.get_ylabel() == "BLEU"
     assert [t.get_text() for t in axes.get_legend().get_texts()] == names
 

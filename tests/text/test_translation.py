@@ -77,6 +77,10 @@ def test_translations_without_an_end_are_counted(model, monkeypatch):
     assert made.hit_limit == pytest.approx(1 / 3)
 
 
+def test_tokens_are_counted_up_to_the_end_of_each_sentence(model, monkeypatch):
+    assert generated(model, monkeypatch, [[0, 7, 1], [0, 7, 8, 9], [0, 9, 9, 1]]).tokens == 2 + 3 + 3
+
+
 def test_translations_end_at_the_limit(model, monkeypatch):
     seen, generate = [], model.network.generate
     monkeypatch.setattr(model.network, "generate", lambda **kw: seen.append(kw) or generate(**kw))
