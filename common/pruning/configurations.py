@@ -73,6 +73,8 @@ def required_variants(configuration: Configuration) -> dict[str, tuple[float, ..
     """
     result = {}
     for name in configuration:
+        if kind_of(name) == "feed-forward" and not configuration[name]:
+            continue
         parent = parent_of(name)
         # A linear module of a feed-forward is a block of its own, unless hidden units are removed, too.
         block = parent if parent and (kind_of(parent) == "attention" or configuration.get(parent)) else name

@@ -12,11 +12,11 @@ def here(work, monkeypatch):
     return work
 
 
-def test_it_trains_with_the_dropout_asked_for(stage):
+def test_it_trains_with_the_dropout_asked_for(here, stage):
     ends = []
     for flags in ([], ["--dropout", "0.1"], ["--dropout", "0"]):
         assert stage(*TRAIN, "--overwrite", *flags).code == 0
-        ends.append(models.load("out.pth").identity)
+        ends.append(models.load(here / "out.pth").identity)
     assert ends[0] == ends[1] != ends[2]
 
 

@@ -50,7 +50,7 @@ def test_all_ten_run_without_any_argument_and_another_process_makes_the_same_byt
         assert not final.network.get_parameter(weight)[~mask].any()
     assert (origin.network.lm_head.weight is origin.network.shared.weight) == (kind == "t5")
     made = {p.name: content(p) for p in tmp_path.glob("[!.]*.*")}
-    assert len(made) == 13 + (7 if kind == "t5" else 0), made.keys()
+    assert len(made) == 13 + (8 if kind == "t5" else 0), made.keys()
     if kind == "t5":
         for path in set(tmp_path.glob("*")) - {tmp_path / "t5-small", tmp_path / "data"}:
             path.unlink()
