@@ -87,8 +87,8 @@ def main(argv=None) -> int:
         architecture, count = folder.write(written, loaded, args.format, args.quantization, args.output.name)
         said = check(written, loaded, args, device)
         size = sum(file.stat().st_size for file in written.iterdir())
-    print(f"{args.output}: {architecture}, {args.quantization}, {size / 1e6:.1f} MB; {count:,} weights, the dense model "
-          f"{total:,}")
+    print(f"{args.output}: {architecture}, {args.quantization}, {size / 1e6:.1f} MB; {count:,} weights (the dense "
+          f"model: {total:,})")
     if count > left:
         print(f"{count - left:,} of the weights are filling: in this format, layers must agree more than they do")
     if left == total:

@@ -1,21 +1,16 @@
 """A small T5, a small text and every artifact made from them, once a session; stages run in-process."""
 
-import os
 import shutil
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from common import cli
-from tests.small import ROOT, load_stage, save_folder, write_corpus
+from tests.small import load_stage, save_folder, write_corpus
 
 # A shell that runs the tests in the background has them ignore Ctrl-C; the stages' handling of it is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# The tests on real input need a folder with Multi30K and one with a small T5 trained on it; without they are skipped.
-REAL_DATA = Path(os.environ.get("MULTI30K_DIR", ROOT / "data" / "multi30k"))
-REAL_TEACHER = Path(os.environ.get("TEACHER_DIR", ROOT / "data" / "teacher"))
 
 
 @pytest.fixture

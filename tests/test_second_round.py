@@ -40,10 +40,10 @@ class Rounds:
         scheme = scheme_of(model.network, *RATES)
         made = prune_scheme_by_obs(model, scheme, self.text, "cpu") if obs else prune_scheme(model, scheme)
         self.bank = write_bank(folder / "2.npy", made, origin=model.identity)
-        exact.ATTENTION_ERROR, usual = 0.0, exact.ATTENTION_ERROR
-        tuned = exact.tune(model.network, self.bank, self.text, self.text, "cpu", steps=4)
-        self.tuned = write_bank(folder / "3.npy", (r.variant for r in tuned), "exact", model.identity)
-        exact.ATTENTION_ERROR = usual
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exact, "ATTENTION_ERROR", 0.0)  # steps for every attention
+            tuned = exact.tune(model.network, self.bank, self.text, self.text, "cpu", steps=4)
+            self.tuned = write_bank(folder / "3.npy", (r.variant for r in tuned), "exact", model.identity)
         self.masks = model.masks
 
     def network(self):

@@ -1,6 +1,7 @@
 """A model as a folder that transformers or CTranslate2 loads, and the check that it translates as the model does."""
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ def import_ctranslate2():
     except ImportError:
         raise UserError("--format ctranslate2: the package ctranslate2 is not installed; run pip install "
                         "'ctranslate2>=4.8,<5'") from None
+    ctranslate2.set_log_level(logging.ERROR)  # else it warns of types that this processor has to convert
     return ctranslate2
 
 
@@ -58,12 +60,12 @@ def write(folder: Path, model: Model, kind: str, quantization: str, name: str) -
     """
     _write_tokenizer(folder, model)
     architecture, count = (_write_hf if kind == "hf" else _write_ctranslate2)(folder, model, quantization)
-    made = (f"---\nlanguage: [{model.source}, {model.target}]\npipeline_tag: translation\n---\n"
-            f"A pruned {architecture} that translates {model.source} to {model.target}, weights in {quantization}; "
-            f"every sentence has {json.dumps(model.prefix, ensure_ascii=False)} in front.\n\n```python\n")
+    front = f", with {json.dumps(model.prefix, ensure_ascii=False)} before each sentence" if model.prefix else ""
     how = _LOADING[kind].format(name=name, prefix=json.dumps(model.prefix, ensure_ascii=False)[1:-1])
-    (folder / "README.md").write_text(f"{made}{how}```\n\nHow it was made:\n\n```\n{ancestry(model.provenance)}\n```\n",
-                                      encoding="utf-8")
+    (folder / "README.md").write_text(
+        f"---\nlanguage: [{model.source}, {model.target}]\npipeline_tag: translation\n---\n"
+        f"A {architecture} that translates {model.source} to {model.target}{front}; its weights are {quantization}.\n\n"
+        f"```python\n{how}```\n\nHow it was made:\n\n```\n{ancestry(model.provenance)}\n```\n", encoding="utf-8")
     return architecture, count
 
 
@@ -85,10 +87,10 @@ def _write_tokenizer(folder: Path, model: Model) -> None:
 
 def _write_hf(folder: Path, model: Model, quantization: str) -> tuple[str, int]:
     from transformers import GenerationConfig
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     network = layout.for_transformers(model.network)
     ids = {key: getattr(model.network.config, key) for key in
            ("pad_token_id", "eos_token_id", "decoder_start_token_id")}

@@ -8,6 +8,8 @@ They have layers of one shape: what a layer lacks is filled up with zeros, each 
 - CTranslate2: as T5, but its stacks may differ in heads, and their layers in hidden units.
 """
 
+import copy
+
 import torch
 from torch.nn.functional import pad
 
@@ -38,7 +40,7 @@ def for_transformers(network):
     """Return a network out of transformers that computes what a pruned T5 does: a T5 if that is as small, else a umT5.
 
     Args:
-        network: a T5 or mT5; not changed, and tensors that stay whole are shared with it.
+        network: a T5 or mT5; not changed.
     """
     left = used(network)
     slots, own = _slots(left, False), _slots(left, True)
@@ -101,7 +103,8 @@ def _take(weight: torch.Tensor, slots: torch.Tensor, dim: int, width: int = 1) -
 
 def _build(network, target, left: dict, slots: dict, own_bias: bool):
     """Give ``target``, on the meta device, the weights of ``network`` by slots; return it in evaluation mode."""
-    state = network.state_dict(keep_vars=True)
+    # Copies, because converters round in place; tied weights are one parameter, and stay one.
+    state = copy.deepcopy(dict(network.state_dict(keep_vars=True)))
     for name, s in slots.items():
         module, is_attention = network.get_submodule(name), name.endswith("Attention")
         width = module.key_value_proj_dim if is_attention else 1
@@ -119,7 +122,7 @@ def _build(network, target, left: dict, slots: dict, own_bias: bool):
             before = f"{side}.block.{old}."
             new_names |= {n: f"{side}.block.{new}." + n.removeprefix(before) for n in state if n.startswith(before)}
     assert {*new_names.values()} == {*target.state_dict()}, "other weights than the target's"
-    for name, new in new_names.items():  # tied weights are one parameter, and stay one
+    for name, new in new_names.items():
         module, _, leaf = new.rpartition(".")
         setattr(target.get_submodule(module), leaf, state[name])
     return target.eval()

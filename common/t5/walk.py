@@ -48,7 +48,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, width: int, *biase
 
 
 class Sublayer:
-    """One sub-layer of a network and the streams before it. Weights changed here count from then on.
+    """One sub-layer of a network and the streams before it. Weights changed here count for what is asked later.
 
     Attributes:
         name: of its module, e.g. ``encoder.block.0.layer.1.DenseReluDense``.

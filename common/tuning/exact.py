@@ -110,8 +110,8 @@ def _tune_block(network, bank, block, keys, gram, check, sublayer, device, steps
                 hard.append(report)
             else:
                 yield report
-    if hard:
-        yield from attention_steps.tune(bank, hard, sublayer, device, steps)
+    for at in range(0, len(hard), group):
+        yield from attention_steps.tune(bank, hard[at:at + group], sublayer, device, steps)
 
 
 def _tune_feed_forward(network, variant: Variant, gram: torch.Tensor, sublayer: Sublayer, device) -> Report:

@@ -18,12 +18,6 @@ def test_after_a_nan_the_advice_writes_the_recalibrated_model_without_a_second_s
     assert models.load(work / "out.pth").identity == models.load(work / "composed.pth").identity
 
 
-def test_resuming_without_a_checkpoint_recalibrates(work, stage, monkeypatch):
-    monkeypatch.chdir(work)
-    result = stage(*arguments("model-level_finetuning", "--stats", "s.csv", "--resume"))
-    assert result.code == 0 and "recalibrated on 200 sentence pairs" in result.err
-
-
 def test_a_target_that_the_composed_model_meets_needs_no_recalibration(work, stage, monkeypatch):
     monkeypatch.chdir(work)
     result = stage(*arguments("model-level_finetuning", "--stats", "s.csv", "--target-loss", "1e6"))

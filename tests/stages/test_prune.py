@@ -28,12 +28,6 @@ def test_a_scheme_that_does_not_fit_the_model_is_refused(work, stage, monkeypatc
     assert not (work / "out.npy").exists()
 
 
-def test_an_edited_scheme_is_refused(work, stage, monkeypatch):
-    monkeypatch.chdir(work)
-    (work / "scheme.json").write_text((work / "scheme.json").read_text().replace("0.8", "0.7"))
-    refused(stage(*arguments("prune")), "scheme.json: was edited after it was made, or is damaged")
-
-
 def test_obs_removes_as_much_of_linear_modules_and_names_its_text(work, stage, monkeypatch):
     monkeypatch.chdir(work)
     assert stage(*arguments("prune", "--criterion", "obs", "--data", "text")).code == 0

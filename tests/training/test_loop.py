@@ -32,12 +32,6 @@ def run(made, text, folder: Path, log=lambda text: None, **changes):
             [row[:3] + row[5:] for row in rows])
 
 
-def always(monkeypatch):
-    """Make a checkpoint due after every step."""
-    monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", -1.0)
-    monkeypatch.setattr(loop, "_CHECKPOINT_SHARE", math.inf)
-
-
 def after_step(monkeypatch, number: int, action):
     """Call ``action`` once, after a training step."""
     step = loop._Run._step
@@ -49,10 +43,6 @@ def after_step(monkeypatch, number: int, action):
             action()
 
     monkeypatch.setattr(loop._Run, "_step", acting)
-
-
-def die():
-    raise MemoryError  # as good as a kill: nothing is written after it
 
 
 def test_training_lowers_the_loss_and_leaves_the_best_weights(made, text, tmp_path):
@@ -173,18 +163,6 @@ def test_checkpoints_are_written_at_the_start_and_then_so_that_writing_takes_5_p
     monkeypatch.setattr(loop._Run, "_step", lambda self, *a: clock.__setitem__(0, clock[0] + 1.0) or step(self, *a))
     train_toy(tmp_path, epochs=100, eval_every=1)
     assert saved == [0, 41, 82, 123, 164]
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(made, text, tmp_path, monkeypatch, whole):
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        always(patch)
-        after_step(patch, 6, die)
-        run(made, text, tmp_path, **SCHEDULE)
-    (tmp_path / "s.csv").unlink()  # written after the checkpoint: the kill may come between them
-    said = []
-    resumed = run(made, text, tmp_path, resume=True, log=said.append, **SCHEDULE)
-    assert said[0].startswith("resuming after step 5 ") and resumed[2] == whole[2]
-    assert all(torch.equal(whole[0][name], resumed[0][name]) for name in whole[0])
 
 
 class Exploding(Toy):
