@@ -25,16 +25,14 @@ sys.path.insert(0, str(ROOT))
 from common import cli  # noqa: E402
 from common.files.jsonfile import write_json  # noqa: E402
 
-HEADS, LINEAR = (0.25, 0.5), (0.1, 0.2)  # rates: two variants of every block
-IMPORTS = "import torch, transformers.models.t5.modeling_t5, tokenizers, torchtext.data, sacrebleu.metrics"
-SENTENCES = {"train": 1000, "val": 250, "test_2016_flickr": 250}
+HEADS = 0.25, 0.5  # rates: two variants of every block
 MIB = 1 << 20
 # pruned: the share of layers that lose weights, and so have masks, a byte a weight.
 Shape = namedtuple("Shape", "d_model d_ff heads width layers vocabulary pruned")
 SMALL, T5_3B = Shape(512, 2048, 8, 64, 6, 32_128, 1 / 6), Shape(1024, 16_384, 32, 128, 24, 32_128, 1)
 STAGES = {  # in the order in which they make what the next ones read
     "download": ["download_model", "-m", "t5"],
-    "configurations": ["config_generator", "--attention", *HEADS, "--linear", *LINEAR],
+    "configurations": ["config_generator", "--attention", *HEADS, "--linear", 0.1, 0.2],
     "scheme": ["prune_scheme_generator"],
     "prune, l1": ["prune", "-o", "l1.npy"],
     "prune, obs": ["prune", "--criterion", "obs", "--data", "."],
@@ -104,12 +102,11 @@ def make(folder: Path, s: Shape, data: Path) -> None:
 
     from common.text.corpus import Corpus, read_pairs
 
+    shutil.copytree(ROOT / "data/demo/model", folder / "t5")  # for its tokenizer
     T5ForConditionalGeneration(T5Config(
         vocab_size=s.vocabulary, d_model=s.d_model, d_kv=s.width, d_ff=s.d_ff, num_layers=s.layers, num_heads=s.heads,
         decoder_start_token_id=0)).save_pretrained(folder / "t5")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ROOT / "data/demo/model" / name, folder / "t5")
-    for split, number in SENTENCES.items():
+    for split, number in (("train", 1000), ("val", 250), ("test_2016_flickr", 250)):
         pairs = read_pairs(Corpus(data, "en", "de"), split)[:number]
         for language, lines in zip(("en", "de"), zip(*pairs, strict=True), strict=True):
             (folder / f"{split}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -129,7 +126,8 @@ def main(argv=None) -> int:
     cli.add_data(p, limit=False)
     p.add_argument("--out", type=Path, default=Path("docs/results"), metavar="DIR", help="where memory.json goes")
     args = p.parse_args(argv)
-    data, out, libraries, rows = args.data.resolve(), args.out.resolve(), peak("-c", IMPORTS), {}
+    data, out, rows = args.data.resolve(), args.out.resolve(), {}
+    libraries = peak("-c", "import torch, transformers.models.t5.modeling_t5, torchtext.data, sacrebleu.metrics")
     # What imports torch has a process of its own: a child's peak begins at the size of the one that starts it.
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         os.chdir(folder)

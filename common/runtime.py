@@ -7,7 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, reason
 
 # OpenMP's threads spin at barriers, two to a core as soon as anything else runs: of two translations at once each took
 # 64 s instead of 1.1 s alone, with this 1.8 s. Read by OpenMP when torch is imported, hence set at our import.
@@ -32,7 +32,7 @@ def setup(device: str, seed: int = 0):
             raise RuntimeError("not cpu, cuda or cuda:N")
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {device}: cannot be used: {reason(error, 200)}") from None
     return chosen
 
 

@@ -278,9 +278,9 @@ runpy.run_path(os.path.join(ROOT, sys.argv[0]), run_name="__main__")
 
 
 def test_a_killed_stage_is_resumed_and_ends_as_an_undisturbed_one(here, stage):
-    """Killed as the second checkpoint gets its name, and as statistics do whose checkpoint is written already."""
+    """Killed as statistics get their name whose checkpoint is written already."""
     command, ends = [*TRAIN[:-2], "--eval-every", "4"], []
-    for count in (None, 3, 8):
+    for count in (None, 6):
         if count:
             done = subprocess.run([sys.executable, "-c", KILLED.replace("ROOT", repr(str(ROOT))), str(count), *command],
                                   env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
@@ -292,4 +292,4 @@ def test_a_killed_stage_is_resumed_and_ends_as_an_undisturbed_one(here, stage):
         assert not (here / "out.pth.checkpoint").exists()
         for name in ("out.pth", "out.csv"):
             (here / name).unlink()
-    assert ends[0] == ends[1] == ends[2]
+    assert ends[0] == ends[1]

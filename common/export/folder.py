@@ -120,7 +120,7 @@ def _write_ctranslate2(folder: Path, model: Model, quantization: str) -> tuple[s
     for side, count in heads.items():
         getattr(spec, side).num_heads = np.int16(count)
     # The converter goes by tie_word_embeddings, which is always true in transformers 5.
-    spec.decoder.scale_outputs = np.float32(config.d_model ** -0.5 if config.scale_decoder_outputs else 1)
+    spec.decoder.scale_outputs = np.float32(config.d_model ** -0.5 if layout.scales_output(config) else 1)
     vocabulary = [tokenizer.id_to_token(i) or f"<no token {i}>" for i in range(config.vocab_size)]
     spec.register_source_vocabulary(vocabulary)
     spec.register_target_vocabulary(vocabulary)

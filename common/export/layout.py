@@ -49,10 +49,12 @@ def for_transformers(network):
     sizes = {kind: _widest(slots, kind) for kind in ("Attention", "DenseReluDense")}
     slots = {name: _fill(s, sizes[next(kind for kind in sizes if name.endswith(kind))]) for name, s in slots.items()}
     config = _config(network, left) | {"num_heads": sizes["Attention"], "d_ff": sizes["DenseReluDense"]}
+    # transformers 5.23 cannot translate with a decoder deeper than the encoder: the cache has num_layers places.
+    config["num_layers"] = max(config["num_layers"], config["num_decoder_layers"])
     if not own_bias:
         return _build(network, build_network(config), left, slots, False)
     target = _build(network, _umt5(config), left, slots, True)
-    if not config["scale_decoder_outputs"]:  # which umT5 does always
+    if not scales_output(network.config):  # which umT5 does always
         norm = target.decoder.final_layer_norm
         norm.weight = torch.nn.Parameter(norm.weight.detach() * config["d_model"] ** 0.5)
     return target
@@ -69,6 +71,11 @@ def for_ctranslate2(network):
     slots = {name: _fill(s, heads[name.partition(".")[0]] if name.endswith("Attention") else max(1, len(s)))
              for name, s in slots.items()}
     return _build(network, build_network(_config(network, left)), left, slots, False), heads
+
+
+def scales_output(config) -> bool:
+    """Tell whether a network multiplies what its decoder gives by 1 / √d_model before ``lm_head``; no mT5 does."""
+    return config.model_type == "t5" and config.scale_decoder_outputs
 
 
 def _config(network, left: dict) -> dict:
@@ -111,7 +118,7 @@ def _build(network, target, left: dict, slots: dict, own_bias: bool):
         for part in (*HEAD_PARTS, "o") if is_attention else (*UNIT_PARTS, "wo"):
             if hasattr(module, part):
                 state[f"{name}.{part}.weight"] = _take(getattr(module, part).weight, s, int(part in ("o", "wo")), width)
-    new_names = {name: name for name in state if ".block." not in name}
+    final = {name: p for name, p in state.items() if ".block." not in name}
     for side in SIDES:
         table = state.pop(f"{side}.block.0.{_TABLE}")
         for new, old in enumerate(blocks_left(left, side)):
@@ -119,10 +126,13 @@ def _build(network, target, left: dict, slots: dict, own_bias: bool):
             if own_bias or new == 0:  # a shared one serves heads too that this layer lacks
                 heads = s if own_bias else _fill(heads_of(left, side), len(s))
                 state[f"{side}.block.{old}.{_TABLE}"] = _take(table, heads, 1)
-            before = f"{side}.block.{old}."
-            new_names |= {n: f"{side}.block.{new}." + n.removeprefix(before) for n in state if n.startswith(before)}
-    assert {*new_names.values()} == {*target.state_dict()}, "other weights than the target's"
-    for name, new in new_names.items():
-        module, _, leaf = new.rpartition(".")
-        setattr(target.get_submodule(module), leaf, state[name])
+            before, after = (f"{side}.block.{i}." for i in (old, new))
+            final |= {after + n.removeprefix(before): p for n, p in state.items() if n.startswith(before)}
+    for name, empty in target.state_dict().items():
+        if name not in final:
+            assert name.startswith("encoder.block."), f"{name} is not among the weights"
+            final[name] = torch.nn.Parameter(torch.zeros(empty.shape))  # of a block that fills the encoder up
+    for name, p in final.items():
+        module, _, leaf = name.rpartition(".")
+        setattr(target.get_submodule(module), leaf, p)
     return target.eval()

@@ -133,9 +133,10 @@ def shrink(model):
                 module = _CrossAttention(module)
             network.set_submodule(name, module)
             place[side, part] += 1
-    for side, count in (("encoder", "num_layers"), ("decoder", "num_decoder_layers")):
+    for side in ("encoder", "decoder"):
         stack = getattr(network, side)
         stack.block = nn.ModuleList(stack.block[i] for i in blocks_left(left, side))
-        setattr(network.config, count, len(stack.block))
-        stack.config.num_layers = len(stack.block)
+    # transformers 5.23 makes room for num_layers in the decoder's cache, which is the encoder's depth.
+    depths = len(network.encoder.block), len(network.decoder.block)
+    network.config.num_layers, network.config.num_decoder_layers = max(depths), depths[1]
     return network

@@ -12,7 +12,7 @@ def test_after_a_nan_the_advice_writes_the_recalibrated_model_without_a_second_s
     refused(stage(*arguments("model-level_finetuning", *TRAIN)), "is not finite",
             "--resume --target-loss 1e6 writes them")
     assert not (work / "out.pth").exists()
-    monkeypatch.setattr(recalibration, "recalibrate", None)
+    monkeypatch.setattr(recalibration, "recalibrate_composed", None)
     result = stage(*arguments("model-level_finetuning", *TRAIN, "--resume", "--target-loss", "1e6"))
     assert result.code == 0 and "target loss 1e+06 reached" in result.out, result.err
     assert models.load(work / "out.pth").identity == models.load(work / "composed.pth").identity

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from common.t5.model import Model
@@ -12,9 +12,10 @@ from tests.small import small_network
 
 FAMILY = {"t5": ("t5", {}), "gated": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
           "mt5": ("mt5", {})}
-DEPTH = {"num_layers": 3, "num_decoder_layers": 3}
+DEPTH = {"num_layers": 2, "num_decoder_layers": 3}
+EXAMPLES = settings(max_examples=8, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
 KEEP = ("all", "none", "one", "some")
-SUBLAYERS = 15  # three self-attentions and feed-forwards each side, three cross-attentions
+SUBLAYERS = 13  # five self-attentions and feed-forwards, three cross-attentions
 
 
 def network_of(name: str, **changes):
@@ -31,7 +32,7 @@ def network_of(name: str, **changes):
 
 @torch.no_grad()
 def empty(network, name: str, gone: torch.Tensor, how: str) -> None:
-    """Set heads of an attention or units of a feed-forward to zero: ``in``, what makes them, ``out``, what reads them."""
+    """Set heads of an attention or units of a feed-forward to zero: ``in``, what makes them; ``out``, what reads."""
     module = network.get_submodule(name)
     is_attention = name.endswith("Attention")
     rows = gone.repeat_interleave(module.key_value_proj_dim) if is_attention else gone
@@ -76,7 +77,7 @@ def logits(network) -> torch.Tensor:
 @torch.no_grad()
 def generated(network, beams: int):
     """Return the ids of translations, and for greedy search the logits of each step."""
-    made = network.generate(**batch(), num_beams=beams, do_sample=False, max_new_tokens=8, pad_token_id=0,
+    made = network.generate(**batch(), num_beams=beams, do_sample=False, max_new_tokens=6, pad_token_id=0,
                             eos_token_id=1, decoder_start_token_id=0, return_dict_in_generate=True,
                             output_logits=beams == 1)
     return made.sequences, torch.stack(made.logits) if beams == 1 else None
@@ -88,6 +89,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def check(network) -> torch.nn.Module:
     """Shrink a network and compare."""
+    network.config.num_layers = 3  # for the decoder's cache, see `shrink`
     small = shrink(Model(network, ""))
     assert same(logits(network), logits(small))
     for beams in (1, 3):
@@ -101,7 +103,7 @@ def size(network) -> int:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-@settings(max_examples=12, deadline=None, database=None, derandomize=True)
+@EXAMPLES
 @given(pattern=patterns)
 def test_logits_and_translations_are_the_masked_models(name, pattern):
     network = network_of(name)
@@ -137,7 +139,7 @@ def test_what_is_left_is_all_that_is_there():
     empty_some(network, keep, 0)
     small = check(network)
     a_block = 4 * 2 * 32 * 32 + 2 * 32 * 48 + 3 * 32
-    assert (len(small.encoder.block), len(small.decoder.block)) == (3, 2)
+    assert (len(small.encoder.block), len(small.decoder.block)) == (2, 2)
     assert size(small) == before - a_block - 4 * 32 * 3 * 8 - 2 * 32 * 47
 
 

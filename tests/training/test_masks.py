@@ -52,6 +52,13 @@ def test_training_is_bit_identical_to_masking_in_the_forward_pass(made, text, cl
     assert torch.equal(mine.network.shared.weight, reference.network.shared.weight)
 
 
+def test_weights_outside_a_mask_become_zero_at_once():
+    linear = nn.Linear(3, 2, bias=False)
+    kept = linear.weight[0, 0].item()
+    with Masks(linear, {"weight": torch.tensor([[True, False, False], [False, False, False]])}):
+        assert linear.weight.tolist() == [[kept, 0, 0], [0, 0, 0]]
+
+
 def test_a_mask_of_ones_changes_nothing():
     torch.manual_seed(0)
     x, ends = torch.randn(4, 3), []
