@@ -50,7 +50,7 @@ def build_parser():
     p.add_argument("--out", type=Path, default=Path("docs/results"), metavar="DIR", help="folder to write to")
     p.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
     p.add_argument("--sentences", nargs="+", type=cli.count, default=[500, 2000, 4000], metavar="N",
-                   help="calibration sizes of A and D, training pairs; B trains on the largest")
+                   help="calibration sizes of A and D; B trains on the largest")
     p.add_argument("--seconds", type=cli.positive, default=180, metavar="S", help="training time of B's and of C's run")
     p.add_argument("--sweep-seconds", type=cli.positive, default=10, metavar="S",
                    help="training time that B and C spend on each learning rate before that")
@@ -181,9 +181,8 @@ def sweep_and_run(setting, label: str, start_with, batches, linear: bool) -> dic
         tries = max(3, round(setting.args.sweep_seconds / pace))
         note(sweep, lr=lr, steps=tries, **measure(descend(start, batches(), lr, tries, linear=linear)[2]))
     best, steps = lowest(sweep)["lr"], max(4, round(setting.args.seconds / pace))
-    seconds, series, _ = descend(start, batches(), best, steps, measure, linear)
-    return {"series": {label: series}, "sweep": sweep, "lr": best, "steps": steps, "seconds_per_step": seconds / steps,
-            "peak_mib": peak()}
+    seconds, points, _ = descend(start, batches(), best, steps, measure, linear)
+    return {"series": {label: points}, "sweep": sweep, "lr": best, "steps": steps, "seconds_per_step": seconds / steps}
 
 
 def part_b(setting: Setting) -> dict:
@@ -280,9 +279,8 @@ def main(argv=None) -> int:
     from common.files.provenance import provenance
 
     check_inputs(args.model)
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    names, results = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()), {}
     hardware = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-    results = {}
     for name in args.part:
         print(f"part {name} …", file=sys.stderr)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # a process, and so a peak, of its own

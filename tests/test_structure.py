@@ -199,9 +199,10 @@ def test_a_rate_that_means_nothing_is_refused(made, tmp_path, stage, rates, mess
 
 def test_gradient_mode_and_joint_tuning_know_units(units, tmp_path):
     for solver, source in (("adamw", "obs.npy"), ("joint", "tuned.npy")):
-        run("block-level_finetuning", "-m", units / "origin.pth", "-p", units / source, "-o", tmp_path / f"{solver}.npy",
-            "--stats", tmp_path / f"{solver}.csv", "--solver", solver, "--epochs", 1, "--data", units / "text")
-        for key in (opened := bank.load(tmp_path / f"{solver}.npy")).entries:
+        tuned = tmp_path / f"{solver}.npy"
+        run("block-level_finetuning", "-m", units / "origin.pth", "-p", units / source, "-o", tuned, "--stats",
+            tmp_path / f"{solver}.csv", "--solver", solver, "--epochs", 1, "--data", units / "text")
+        for key in (opened := bank.load(tuned)).entries:
             for name, weight in (variant := opened.read(key)).weights.items():
                 assert not weight[~variant.masks[name]].any()
 

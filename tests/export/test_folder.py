@@ -91,7 +91,7 @@ def test_the_code_of_the_card_runs(tmp_path, monkeypatch, capsys, kind):
     if kind == "ctranslate2":
         pytest.importorskip("ctranslate2")
     (tmp_path / "name").mkdir()
-    model = model_of(seed=None)
+    model = model_of(seed=None, vocab_size=300)
     export.write(tmp_path / "name", model, kind, "float32", "name")
     monkeypatch.chdir(tmp_path)
     code = (tmp_path / "name" / "README.md").read_text().split("```python\n")[1].split("```")[0]
