@@ -19,7 +19,9 @@ TYPES = {"hf": ("float32", "float16", "bfloat16"),
          "ctranslate2": ("float32", "float16", "bfloat16", "int16", "int8", "int8_float32", "int8_float16",
                          "int8_bfloat16")}
 SENTENCES = 64
-TOLERANCE = 0.05, 0.5  # share of translations that may differ: with float32, with other types
+# Share of translations that may differ: with float32, with other types. Of a small model trained on Multi30K 0 differ in
+# float32, 1 of 64 in float16, 5 in bfloat16, 24 to 28 in int8; out of weights that are garbage all do.
+TOLERANCE = 0.05, 0.75
 
 
 def build_parser():

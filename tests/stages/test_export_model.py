@@ -103,7 +103,7 @@ def test_what_exists_is_refused_and_untouched(run, tmp_path, kind):
 
 
 @pytest.mark.parametrize(("quantization", "wrong", "advice"), [
-    ("float32", 1, "please report it"), ("bfloat16", 5, "choose another --quantization")])
+    ("float32", 1, "please report it"), ("bfloat16", 7, "choose another --quantization")])
 def test_an_export_that_translates_otherwise_is_not_made(run, tmp_path, monkeypatch, quantization, wrong, advice):
     real = export.translations
     monkeypatch.setattr(export, "translations", lambda *a: [
