@@ -7,9 +7,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 out=${1:-out/quickstart}
 mkdir -p "$out"
 data=(--data demo)
-train=(--epochs 1 --lr 1e-3 --eval-every 20)
+train=(--epochs 1 --lr 1e-3 --eval-every 20 --max-train-sentences 4000)
 origin=$out/origin.pth
 if [ ! -e "$origin" ]; then
     "$python" download_model.py -m demo -o "$origin"
 fi
 source runs/chain.sh
+if [ ! -e "$out/export" ]; then
+    "$python" export_model.py -m "$out/finetuned_2.pth" -o "$out/export" --format hf
+fi
+echo "Load it anywhere, with transformers alone:
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    model = AutoModelForSeq2SeqLM.from_pretrained('$out/export')
+    tokenizer = AutoTokenizer.from_pretrained('$out/export')"
