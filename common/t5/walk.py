@@ -123,7 +123,10 @@ class Sublayer:
     def output(self, stream: Stream) -> torch.Tensor:
         """Return what `out` adds to the stream (batch, length, d_model)."""
         if stream._output is None:
-            stream._output = self._out(self.inner(stream, hold=True) if stream._inner is None else stream._inner)
+            if stream._inner is None:
+                self.inner(stream)  # which keeps the output, not what it is made of
+            else:
+                stream._output = self._out(stream._inner)
         return stream._output
 
     def moments(self, split: int, blocks: list[str]) -> dict[str, Moments]:

@@ -162,7 +162,7 @@ def _orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def tune(bank: Bank, exact: list, sublayer: Sublayer, device, steps: int) -> Iterator:
-    """Yield the reports on variants of one attention after descent; one that it did not better keeps its exact ``o``.
+    """Yield the reports on variants of one attention after descent; what that did not better on both texts stays exact.
 
     Args:
         exact: the exact solver's reports (`common.tuning.exact.Report`), ``variant`` being keys of ``bank``. Mutated.
@@ -185,6 +185,6 @@ def tune(bank: Bank, exact: list, sublayer: Sublayer, device, steps: int) -> Ite
     for report, kept, *tuned in zip(exact, solved, heads.variants(variants), errors, valid_errors, strict=True):
         report.seconds += seconds
         report.variant = kept
-        if tuned[1] < report.after:
+        if tuned[1] < report.after and tuned[2] < report.valid_after:  # with little text steps fit that text alone
             report.variant, report.after, report.valid_after = tuned
         yield report

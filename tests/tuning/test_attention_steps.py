@@ -57,10 +57,15 @@ def test_the_errors_are_those_of_the_module_itself_with_the_new_weights(network,
             assert old == pytest.approx(plain_error(network, text, before), rel=1e-3), key
 
 
-def test_steps_lower_the_error_below_that_of_an_exact_o_and_keep_the_masks(network, bank, monkeypatch):
-    solved = tune(network, bank, 0, monkeypatch)
-    for key, report in tune(network, bank, 30, monkeypatch).items():
-        assert report.after < 0.98 * solved[key].after, key
+def test_steps_lower_the_errors_on_both_texts_or_are_taken_back_and_keep_the_masks(network, bank, monkeypatch):
+    solved, found = tune(network, bank, 0, monkeypatch), tune(network, bank, 30, monkeypatch)
+    better = [key for key, r in found.items() if r.after < 0.98 * solved[key].after]
+    assert len(better) >= len(found) / 2
+    for key, report in found.items():
+        if key in better:
+            assert report.valid_after < solved[key].valid_after, key
+        else:
+            assert (report.after, report.valid_after) == (solved[key].after, solved[key].valid_after), key
         before = bank.read(key)
         assert report.variant.weights.keys() == before.weights.keys()
         for name, weight in report.variant.weights.items():
