@@ -20,9 +20,9 @@ make "$out/finetuned_modules.npy" block-level_finetuning.py -m "$origin" -p "$ou
     -o "$out/finetuned_modules.npy" --stats "$out/block.csv" --overwrite "${data[@]}"
 
 configurations=$("$python" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$out/conf.json")
-models=("$origin")
-for ((n = 0; n < configurations; n++)); do
-    compose=(-m "$origin" -c "$out/conf.json" -n "$n")
+one() { # one N: everything for configuration N
+    local n=$1
+    local compose=(-m "$origin" -c "$out/conf.json" -n "$n")
     make "$out/pruned_$n.pth" compose_model.py "${compose[@]}" -p "$out/pruned_modules.npy" -o "$out/pruned_$n.pth"
     make "$out/composed_$n.pth" compose_model.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
         -o "$out/composed_$n.pth" "${data[@]}"
@@ -32,6 +32,20 @@ for ((n = 0; n < configurations; n++)); do
         -o "$out/baseline_$n.pth" --stats "$out/baseline_$n.csv" --resume --overwrite "${data[@]}" "${train[@]}"
     make "$out/loss_$n.png" plot_loss.py "$out/finetuned_$n.csv" "$out/baseline_$n.csv" -x seconds \
         --label composed baseline -o "$out/loss_$n.png"
+}
+
+# Two configurations at a time, one thread each: faster than one with two threads, and alike for all arms.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+models=("$origin")
+for ((n = 0; n < configurations; n += 2)); do
+    (one "$n") &
+    first=$!
+    if ((n + 1 < configurations)); then
+        (one "$((n + 1))")
+    fi
+    wait "$first"
+done
+for ((n = 0; n < configurations; n++)); do
     models+=("$out/pruned_$n.pth" "$out/composed_$n.pth" "$out/finetuned_$n.pth" "$out/baseline_$n.pth")
 done
 make "$out/scores.json" evaluate.py -m "${models[@]}" --json "$out/scores.json" --plot "$out/quality.png" \
