@@ -22,6 +22,7 @@ make "$out/finetuned_modules.npy" block-level_finetuning.py -m "$origin" -p "$ou
 configurations=$("$python" -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$out/conf.json")
 one() { # one N: everything for configuration N
     local n=$1
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     local compose=(-m "$origin" -c "$out/conf.json" -n "$n")
     make "$out/pruned_$n.pth" compose_model.py "${compose[@]}" -p "$out/pruned_modules.npy" -o "$out/pruned_$n.pth"
     make "$out/composed_$n.pth" compose_model.py "${compose[@]}" -p "$out/finetuned_modules.npy" \
@@ -35,7 +36,6 @@ one() { # one N: everything for configuration N
 }
 
 # Two configurations at a time, one thread each: faster than one with two threads, and alike for all arms.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 models=("$origin")
 for ((n = 0; n < configurations; n += 2)); do
     (one "$n") &
