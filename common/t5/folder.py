@@ -19,7 +19,7 @@ from common.text.corpus import DEMO, Corpus, read_pairs
 TINY = {"model_type": "t5", "d_model": 128, "d_kv": 16, "d_ff": 512, "num_heads": 8, "num_layers": 2,
         "num_decoder_layers": 2, "dropout_rate": 0.1, "feed_forward_proj": "relu", "pad_token_id": 0,
         "eos_token_id": 1, "decoder_start_token_id": 0}
-TINY_VOCABULARY = 5000
+TINY_VOCABULARY = 700  # on the demo text 1.0 M weights; data/demo/README.md has the scores
 
 _TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "spiece.model", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json")
@@ -225,7 +225,7 @@ def _is_plain(t) -> bool:
 
 def make_tiny(corpus: Corpus) -> Model:
     """Return a small, freshly initialised T5 with a tokenizer trained on the training text of ``corpus``."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
@@ -235,6 +235,8 @@ def make_tiny(corpus: Corpus) -> Model:
                                   min_frequency=4, show_progress=False)
     pairs = read_pairs(corpus, "train")
     tokenizer.train_from_iterator((sentence for pair in pairs for sentence in pair), trainer)
+    eos = TINY["eos_token_id"]
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", eos)])
     network = build_network(TINY | {"vocab_size": tokenizer.get_vocab_size()})
     print(f"tiny: {tokenizer.get_vocab_size():,} tokens learned from {len(pairs):,} pairs", file=sys.stderr)
     text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False)
