@@ -129,10 +129,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path):
+def new_folder(path: Path, single: bool = False):
     """Yield an empty folder beside ``path`` that gets this name when the block ends well, and else is removed.
 
-    ``path`` is held for this process alone while the block runs. A folder that exists is never touched.
+    ``path`` is held for this process alone while the block runs. What exists is never touched.
+
+    Args:
+        single: not the folder gets the name, but the file that the block wrote into it under ``path``'s own name.
 
     Raises:
         UserError: there is something of that name, another process holds it, or nothing can be written there.
@@ -151,6 +154,6 @@ def new_folder(path: Path):
             yield temporary
             for file in temporary.iterdir():
                 file.chmod(0o644)  # safetensors makes files that only their owner can read
-            os.rename(temporary, path)
+            os.rename(temporary / path.name if single else temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -7,18 +7,22 @@ Layout (``torch.load(path, weights_only=True, mmap=True)`` reads it)::
     tokenizer           the tokenizer (`tokenizers` library), JSON
     prefix              text put before each source sentence
     source, target      languages, parts of the names of text files; en and de where a file has none
-    weights             {name: float32 tensor}, tied tensors once; of a pruned weight the kept values, row by row
+    weights             {name: tensor}, tied tensors once; of a pruned weight the kept values, row by row. All float32,
+                        or all float16 or bfloat16, which `load` makes float32
     aliases             {name: name in weights} for tied tensors, JSON
     masks               {weight name: bits (numpy.packbits) of the mask}, for pruned weights
-    identity            SHA-256 over all of the above, pruned weights with their zeros
+    identity            SHA-256 over all of the above, weights in float32, pruned ones with their zeros: the same in
+                        whichever type they are stored
     provenance          stage, arguments, seed, versions and the files it was made from, JSON
 
-It is a sealed archive, see `common.files.archive`. Version 1, read too, stored pruned weights with zeros.
+It is a sealed archive, see `common.files.archive`. Version 1, read too, stored pruned weights with zeros. Files in
+float32 say version 2, so that older copies of this toolkit read them; those in the other types say 3.
 """
 
+import copy
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +37,8 @@ from common.t5.network import CONFIG_KEYS, LIMITS, build_network, sparsity
 from common.text.corpus import LANGUAGE
 
 FORMAT = "composable-pruning model"
-VERSION = 2
+VERSION = 3
+HALF_TYPES = torch.float16, torch.bfloat16
 
 
 @dataclass
@@ -96,10 +101,30 @@ def _identity(content: dict) -> str:
     return value.hexdigest()
 
 
-def save(path: Path, model: Model) -> None:
+@torch.no_grad()
+def rounded(model: Model, dtype: torch.dtype) -> Model:
+    """Return a copy of a model whose weights, still float32, are the nearest that ``dtype`` holds.
+
+    Raises:
+        UserError: a weight is too large for ``dtype``.
+    """
+    network = copy.deepcopy(model.network)
+    for name, p in network.named_parameters():
+        near = p.to(dtype)
+        if not torch.isfinite(near).all():
+            raise UserError(f"{name} has a weight of {float(p.abs().max()):g}; the largest that {str(dtype)[6:]} holds "
+                            f"is {torch.finfo(dtype).max:g}")
+        p.copy_(near)
+    return replace(model, network=network)
+
+
+def save(path: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
     """Write a model file atomically and set ``model.identity``.
 
-    Weights are stored in float32, those outside a mask not at all; they must be exactly zero already.
+    Weights outside a mask are not stored; they must be exactly zero already.
+
+    Args:
+        dtype: what weights are stored as; float16 and bfloat16 must hold them exactly, see `rounded`.
     """
     network = model.network
     first: dict[int, str] = {}
@@ -115,19 +140,22 @@ def save(path: Path, model: Model) -> None:
     config = network.config.to_dict()
     keep = {k: config[k] for k in CONFIG_KEYS if config.get(k) is not None}
     content = {
-        "format": FORMAT, "version": VERSION, "config": to_json(keep), "tokenizer": model.tokenizer_json,
-        "prefix": model.prefix, "source": model.source, "target": model.target,
+        "format": FORMAT, "version": VERSION if dtype in HALF_TYPES else 2, "config": to_json(keep),
+        "tokenizer": model.tokenizer_json, "prefix": model.prefix, "source": model.source, "target": model.target,
         "weights": weights, "aliases": to_json(aliases),
         "masks": {name: pack_mask(mask) for name, mask in sorted(model.masks.items())},
     }
     model.identity = content["identity"] = _identity(content)
-    content["weights"] = weights | {name: weights[name][mask] for name, mask in model.masks.items()}
+    weights |= {name: weights[name][mask] for name, mask in model.masks.items()}
+    content["weights"] = {name: w.to(dtype) for name, w in weights.items()}
+    assert dtype not in HALF_TYPES or all(
+        torch.equal(w.float(), weights[name]) for name, w in content["weights"].items()), f"not rounded to {dtype}"
     content["provenance"] = to_json(model.provenance)
     save_sealed(path, content)
 
 
 def load(path: Path) -> Model:
-    """Read a model file; weights are mapped from disk copy-on-write, so loading costs no second copy.
+    """Read a model file; weights in float32 are mapped from disk copy-on-write, so loading costs no second copy.
 
     Raises:
         UserError: the file is missing, damaged, foreign, or does not fit together.
@@ -144,7 +172,8 @@ def load(path: Path) -> Model:
     if not all(is_text(content.get(key)) for key in texts) or not re.fullmatch("[0-9a-f]{64}", content["identity"]):
         raise broken
     weights, packed = content.get("weights"), content.get("masks")
-    if not all_plain(weights, torch.float32) or not all_plain(packed, torch.uint8):
+    types = (torch.float32, *HALF_TYPES) if version > 2 else (torch.float32,)
+    if not any(all_plain(weights, dtype) for dtype in types) or not all_plain(packed, torch.uint8):
         raise broken
     config, aliases, provenance = (parse_json(content[k].encode(), f"{path}: {k}")
                                    for k in ("config", "aliases", "provenance"))
@@ -168,8 +197,9 @@ def load(path: Path) -> Model:
     for name, bits in packed.items():
         if name not in maskable & weights.keys() or bits.shape != (-(-shapes[name].numel() // 8),):
             raise UserError(f"{path}: its mask of {brief(name)} does not fit")
-    if sum(bits.numel() for bits in packed.values()) > path.stat().st_size:  # some share theirs, to fill our memory
-        raise broken
+    if sum(t.nbytes for t in (*packed.values(), *weights.values())) > path.stat().st_size:
+        raise broken  # some share their bytes, to fill our memory
+    weights = {name: t.float() for name, t in weights.items()}
     masks = {name: unpack_mask(bits, shapes[name]) for name, bits in packed.items()}
     for name, mask in masks.items():
         if version > 1:

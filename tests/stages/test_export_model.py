@@ -3,8 +3,10 @@
 import stat
 
 import pytest
+import torch
 
 from common.export import folder as export
+from common.files.archive import load_sealed
 from common.t5 import model as models
 from common.text.batches import Batches
 from common.text.translation import translate
@@ -73,14 +75,55 @@ def test_ctranslate2(run, tmp_path):
                                       "tokenizer.json"]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_half_file_is_a_model_file_of_half_the_size(run, made, tmp_path, dtype):
+    result = run("--format", "pth", "--dtype", dtype)
+    assert (result.code, result.err) == (0, "")
+    assert f"out: {dtype}, " in result.out and f" of {SHORT} translations differ from those of " in result.out
+    assert only(tmp_path) == ["out"]
+    whole, half = models.load(made / "pruned.pth"), models.load(tmp_path / "out")
+    for p, q in zip(whole.network.parameters(), half.network.parameters(), strict=True):
+        assert torch.equal(q, p.to(getattr(torch, dtype)).float())
+    assert half.provenance["inputs"]["model"]["sha256"] == whole.identity != half.identity
+    weights, half_weights = (sum(t.nbytes for t in load_sealed(path, "a model file")["weights"].values())
+                             for path in (made / "pruned.pth", tmp_path / "out"))
+    assert 2 * half_weights == weights
+    before = (tmp_path / "out").read_bytes()
+    refused(run("--format", "pth"), "out: exists already")
+    assert (tmp_path / "out").read_bytes() == before
+
+
+def test_a_half_file_of_a_model_with_a_weight_beyond_float16_is_not_made(run, made, tmp_path):
+    large = models.load(made / "pruned.pth")
+    large.network.shared.weight.detach()[3, 3] = 1e5
+    models.save(tmp_path / "m.pth", large)
+    refused(run("-m", tmp_path / "m.pth", "--format", "pth", "--dtype", "float16"),
+            "shared.weight has a weight of 100000; the largest that float16 holds is 65504")
+    assert only(tmp_path) == ["m.pth"]
+
+
+def test_a_half_file_that_translates_otherwise_is_not_made(run, tmp_path, monkeypatch):
+    real = models.rounded
+
+    def wrong(model, dtype):
+        made = real(model, dtype)
+        made.network.shared.weight.detach().copy_(made.network.shared.weight.flip(0))
+        return made
+
+    monkeypatch.setattr(models, "rounded", wrong)
+    refused(run("--format", "pth", "--dtype", "bfloat16"), "out: is not made, because ", "choose another --dtype")
+    assert only(tmp_path) == []
+
+
 def test_the_text_can_be_chosen(run, made):
     assert run("--data", made / "text").code == 0
     refused(run("--data", "nowhere"), "out: exists already")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--quantization", "int8"], "--quantization int8: with --format hf it is float32, float16, bfloat16"),
-    (["--quantization", "x", "--format", "ctranslate2"], "--quantization x: with --format ctranslate2 it is float32, "),
+    (["--dtype", "int8"], "--dtype int8: with --format hf it is float32, float16, bfloat16"),
+    (["--dtype", "int8", "--format", "pth"], "--dtype int8: with --format pth it is float32, float16, bfloat16"),
+    (["--quantization", "x", "--format", "ctranslate2"], "--dtype x: with --format ctranslate2 it is float32, "),
     (["--format", "onnx"], "--format: invalid choice: 'onnx'"), (["--device", "warp"], "--device warp: cannot be used"),
     (["--data", "nowhere"], "nowhere/val.en: is not there"), (["-m", "none.pth"], "none.pth: no such file"),
     (["-o", "a/b"], "a: is not a folder")])
@@ -102,14 +145,14 @@ def test_what_exists_is_refused_and_untouched(run, tmp_path, kind):
     assert only(tmp_path) == ["out"] and (kind != "folder" or not list((tmp_path / "out").iterdir()))
 
 
-@pytest.mark.parametrize(("quantization", "wrong", "advice"), [
-    ("float32", 1, "please report it"), ("bfloat16", 7, "choose another --quantization")])
-def test_an_export_that_translates_otherwise_is_not_made(run, tmp_path, monkeypatch, quantization, wrong, advice):
+@pytest.mark.parametrize(("dtype", "wrong", "advice"), [
+    ("float32", 1, "please report it"), ("bfloat16", 7, "choose another --dtype")])
+def test_an_export_that_translates_otherwise_is_not_made(run, tmp_path, monkeypatch, dtype, wrong, advice):
     real = export.translations
     monkeypatch.setattr(export, "translations", lambda *a: [
         "wrong" if i < wrong else text for i, text in enumerate(real(*a))])
-    result = run("--quantization", quantization)
-    refused(result, f"export_model.py: error: out: is not made, because {wrong}" if quantization == "float32" else
+    result = run("--dtype", dtype)
+    refused(result, f"export_model.py: error: out: is not made, because {wrong}" if dtype == "float32" else
             "out: is not made, because ", advice)
     assert only(tmp_path) == []
 

@@ -10,6 +10,7 @@ from common.t5 import model as models
 from tests.small import make_tokenizer, small_network
 
 WI = "encoder.block.0.layer.1.DenseReluDense.wi.weight"
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def logits(network):
@@ -92,7 +93,7 @@ def test_a_language_that_is_no_part_of_a_file_name_is_refused(path, name):
     ({"masks": {WI: torch.zeros(192, dtype=torch.uint8)}}, "wi.weight has 768 values, and its mask keeps 0"),
     ({"masks": {"shared.weight": torch.full((1200,), 255, dtype=torch.uint8)}}, "its mask of 'shared.weight' does not"),
     ({"masks": {"none": torch.full((1,), 255, dtype=torch.uint8)}}, "its mask of 'none' does not fit"),
-    ({"tokenizer": "{}"}, "its tokenizer cannot be read"), ({"version": 99}, "version 99, this toolkit reads 2"),
+    ({"tokenizer": "{}"}, "its tokenizer cannot be read"), ({"version": 99}, "version 99, this toolkit reads 3"),
     ({"version": torch.zeros(3)}, "model file version"), ({"format": "other"}, "is not a model file of this toolkit"),
     ({"identity": "x"}, "not a complete"), ({"prefix": "\ud800"}, "not a complete"),
     ({"source": torch.zeros(2)}, "not a complete"), ({"aliases": '{"lm_head.weight": []}'}, "do not fit"),
@@ -103,15 +104,77 @@ def test_a_sealed_file_that_does_not_fit_together_is_refused(path, changes, mess
         models.load(path)
 
 
-def test_a_file_holds_kept_weights_and_a_bit_for_each_weight_that_a_mask_covers(path):
-    model = models.load(path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_file_holds_kept_weights_and_a_bit_for_each_weight_that_a_mask_covers(path, dtype):
+    model, size = models.load(path), dtype.itemsize
+    models.save(path, models.rounded(model, dtype), dtype)
     total, covered = sum(p.numel() for p in model.network.parameters()), sum(m.numel() for m in model.masks.values())
     kept = total - covered + sum(int(m.sum()) for m in model.masks.values())
     content = load_sealed(path, "a model file")
-    assert 4 * sum(t.numel() for t in content["weights"].values()) == 4 * kept
+    assert sum(t.nbytes for t in content["weights"].values()) == size * kept
     assert sum(t.numel() for t in content["masks"].values()) == covered / 8
     texts = sum(len(content[key].encode()) for key in ("tokenizer", "provenance", "config", "aliases"))
-    assert path.stat().st_size - texts < 1.05 * (4 * kept + covered / 8) + 20_000  # 450 bytes of zip for each tensor
+    zipped = 350 * (len(content["weights"]) + len(content["masks"]))  # what the archive says of each tensor
+    assert path.stat().st_size - texts < 1.02 * (size * kept + covered / 8) + zipped
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_half_file_is_the_rounded_model_with_an_identity_of_its_own(path, tmp_path, dtype):
+    before, half = models.load(path), tmp_path / "half.pth"
+    models.save(half, rounded := models.rounded(before, dtype), dtype)
+    after = models.load(half)
+    for (name, p), q in zip(before.network.state_dict().items(), after.network.state_dict().values(), strict=True):
+        assert q.dtype == torch.float32 and torch.equal(q, p.to(dtype).float()), name
+    assert after.masks.keys() == before.masks.keys()
+    assert all(torch.equal(after.masks[name], mask) for name, mask in before.masks.items())
+    assert after.network.lm_head.weight is after.network.shared.weight
+    assert not torch.equal(before.network.shared.weight, rounded.network.shared.weight)  # a copy was rounded
+    assert after.identity == rounded.identity != before.identity
+    models.save(path, after)  # the same weights, stored in float32
+    assert models.load(path).identity == after.identity
+    assert [load_sealed(p, "a model file")["version"] for p in (path, half)] == [2, 3]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_half_file_with_any_bit_flipped_is_refused(path, dtype):
+    models.save(path, models.rounded(models.load(path), dtype), dtype)
+    data = bytearray(path.read_bytes())
+    for at in range(4, len(data), len(data) // 20):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        with pytest.raises(UserError, match="m.pth: is"):
+            models.load(path)
+
+
+def test_a_weight_too_large_for_the_type_is_named_and_one_that_rounds_to_the_largest_is_not(path):
+    model = models.load(path)
+    weight = model.network.shared.weight.detach()
+    weight[0, 0] = -65510.0
+    assert models.rounded(model, torch.float16).network.shared.weight[0, 0] == -65504
+    weight[0, 0] = -65520.0
+    with pytest.raises(UserError, match="shared.weight has a weight of 65520; the largest that float16 holds is 65504"):
+        models.rounded(model, torch.float16)
+    assert models.rounded(model, torch.bfloat16).network.shared.weight[0, 0] == -65536
+    weight[0, 0] = 3.4e38
+    with pytest.raises(UserError, match="the largest that bfloat16 holds is 3.38953e.38"):
+        models.rounded(model, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("version", "types"), [
+    (2, HALVES[:1]), (1, HALVES[1:]), (3, HALVES), (3, (torch.float16, torch.float32)), (3, (torch.float64,))])
+def test_weights_of_another_type_than_the_version_has_or_of_several_are_refused(path, version, types):
+    weights = load_sealed(path, "a model file")["weights"]
+    change(path, version=version,
+           weights={name: t.to(types[i % len(types)]) for i, (name, t) in enumerate(weights.items())})
+    with pytest.raises(UserError, match="is not a complete model file"):
+        models.load(path)
+
+
+def test_half_weights_that_share_their_bytes_are_refused_before_they_become_float32(path):
+    content = load_sealed(path, "a model file")
+    most = torch.zeros(max(t.numel() for t in content["weights"].values()), dtype=torch.float16)
+    change(path, version=3, weights={name: most[:t.numel()].view(t.shape) for name, t in content["weights"].items()})
+    with pytest.raises(UserError, match="is not a complete model file"):
+        models.load(path)
 
 
 def as_version_1(path):
