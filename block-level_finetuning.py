@@ -98,7 +98,7 @@ def main(argv=None) -> int:
         from common.files.provenance import provenance
         from common.pruning import bank
         from common.pruning.configurations import read_configurations
-        from common.t5 import model, network
+        from common.t5 import model
         from common.text.batches import training_text, validation_text
         from common.training.loop import finish, statistics_csv
 
@@ -113,7 +113,7 @@ def main(argv=None) -> int:
             for configuration in configurations:
                 opened.check_serves(configuration)
             inputs["configurations"] = args.configurations, digest(args.configurations.read_bytes()), {}
-        corpus, placed = cli.corpus(args, origin), network.place(origin.network, device)
+        corpus, placed = cli.corpus(args, origin), origin.network.to(device)
         train = training_text(corpus, origin, seed=args.seed)
         valid = validation_text(corpus, origin)
         inputs |= {"training text": train.as_input(), "validation text": valid.as_input()}

@@ -80,14 +80,13 @@ def searched(args, model, sensitivity: Path) -> list[dict]:
     """Return the configurations that the search finds for every --sparsity and --target-loss."""
     from common import runtime
     from common.pruning import bank, search
-    from common.t5 import network
     from common.text.batches import validation_text
 
     device = runtime.setup(args.device)
     opened = bank.load(args.bank)
     opened.check_origin(model.identity, args.model)
     valid = validation_text(cli.corpus(args, model), model, sentences=search.VALIDATION_SENTENCES)
-    network.place(model.network, device)
+    model.network.to(device)
     origin = {"model": model.identity, "bank": opened.sha256, "validation text": valid.sha256}
     if sensitivity.exists():
         found = search.read(sensitivity, opened, origin)

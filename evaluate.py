@@ -85,7 +85,7 @@ def evaluate(path: Path, args, device) -> dict:
     loaded = model.load(path)
     corpus = cli.corpus(args, loaded)
     pairs = read_pairs(corpus, args.test_set)
-    small = network.place(shrink(loaded), device)
+    small = shrink(loaded).to(device)
     valid = loss.evaluate(loss.TranslationLoss(small), validation_text(corpus, loaded, BATCH_TOKENS), device)
     text = Batches(pairs, loaded, BATCH_TOKENS)
     made = translate(replace(loaded, network=small), text, device, args.num_beams, args.max_new_tokens)

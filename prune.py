@@ -40,7 +40,7 @@ def main(argv=None) -> int:
         from common.pruning import bank, composition, variants
         from common.pruning.configurations import check_modules
         from common.pruning.scheme import modules_of, read_scheme, scheme_digest
-        from common.t5 import model, network
+        from common.t5 import model
         from common.t5.modules import prunable
         from common.text.batches import calibration_text
 
@@ -54,7 +54,7 @@ def main(argv=None) -> int:
             device = runtime.setup(args.device)
             text = calibration_text(cli.corpus(args, origin), origin)
             inputs["calibration text"] = text.as_input()
-            network.place(origin.network, device)
+            origin.network.to(device)
             made = variants.prune_scheme_by_obs(origin, scheme, text, device)
         else:
             made = variants.prune_scheme(origin, scheme)

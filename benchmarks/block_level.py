@@ -66,12 +66,12 @@ class Setting:
         import torch
 
         from common import runtime
-        from common.t5 import model, network
+        from common.t5 import model
         from common.text import batches, corpus
 
         self.args, self.folder, self.device = args, Path(folder), runtime.setup("cpu", args.seed)
         self.model = model.load(args.model)
-        self.network = network.place(self.model.network, self.device).requires_grad_(False)
+        self.network = self.model.network.to(self.device).requires_grad_(False)
         self.corpus = cli.corpus(args, self.model)
         self.pairs = corpus.read_pairs(self.corpus, "train")
         self.valid = batches.validation_text(self.corpus, self.model)

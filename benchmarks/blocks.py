@@ -25,16 +25,17 @@ class Candidate:
 
     def output(self, sublayer, stream):
         """Return the output (batch, length, out) for what the block receives in the original."""
-        from common.t5.walk import attend
+        from common.t5.network import attend, split_heads
 
         if self.block != sublayer.name:
             x = sublayer.inner(stream) if self.block == sublayer.out else sublayer.inputs(stream)[0][0]
             return x @ self.weight(sublayer).T
-        groups, biases = [x for x, _ in sublayer.inputs(stream)], sublayer.biases(stream)
-        if self.heads is not None:  # fewer heads need their slice of the position bias that the layers share
-            biases = [b if b.shape[1] == 1 else b[:, self.heads] for b in biases]
-        q, k, v = (groups[at] @ self.weight(sublayer, part).T for part, at in (("q", 0), ("k", -1), ("v", -1)))
-        return attend(q, k, v, sublayer.module.key_value_proj_dim, *biases) @ self.weight(sublayer, "o").T
+        groups, bias = [x for x, _ in sublayer.inputs(stream)], sublayer.bias(stream)
+        if self.heads is not None and bias.shape[1] > 1:  # their slice of the position bias that the layers share
+            bias = bias[:, self.heads]
+        q, k, v = (split_heads(groups[at] @ self.weight(sublayer, part).T, sublayer.module.key_value_proj_dim)
+                   for part, at in (("q", 0), ("k", -1), ("v", -1)))
+        return attend(q, k, v, bias) @ self.weight(sublayer, "o").T
 
 
 def from_variant(variant, heads: int | None = None) -> Candidate:

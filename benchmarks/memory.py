@@ -128,7 +128,7 @@ def main(argv=None) -> int:
     p.add_argument("--out", type=Path, default=Path("docs/results"), metavar="DIR", help="where memory.json goes")
     args = p.parse_args(argv)
     data, out, rows = args.data.resolve(), args.out.resolve(), {}
-    libraries = peak("-c", "import torch, transformers.models.t5.modeling_t5, torchtext.data, sacrebleu.metrics")
+    libraries = peak("-c", "import torch, torchtext.data, sacrebleu.metrics")
     # What imports torch has a process of its own: a child's peak begins at the size of the one that starts it.
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         os.chdir(folder)

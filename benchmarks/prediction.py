@@ -60,7 +60,7 @@ def quality(losses, predicted) -> dict:
 def run(args) -> dict:
     from common import runtime
     from common.pruning import bank, composition, configurations, search
-    from common.t5 import loss, network
+    from common.t5 import loss
     from common.t5 import model as models
     from common.text.batches import calibration_text, validation_text
     from common.tuning.recalibration import recalibrate
@@ -68,7 +68,7 @@ def run(args) -> dict:
     device = runtime.setup("cpu")
     model, opened = models.load(args.model), bank.load(args.bank)
     opened.check_origin(model.identity, args.model)
-    network.place(model.network, device)
+    model.network.to(device)
     corpus = cli.corpus(args, model)
     valid = validation_text(corpus, model, sentences=args.validation_sentences)
     text = calibration_text(corpus, model, sentences=SENTENCES)
@@ -83,7 +83,7 @@ def run(args) -> dict:
         composed = models.load(args.model)
         for key in keys:
             composition.install(composed, opened.read(key))
-        objective = loss.TranslationLoss(network.place(composed.network, device))
+        objective = loss.TranslationLoss(composed.network.to(device))
         plain = loss.evaluate(objective, valid, device)
         recalibrate(model.network, composed, text, device, opened.keeps_hidden)
         return plain, loss.evaluate(objective, valid, device)

@@ -68,17 +68,44 @@ def save_folder(folder: Path, kind: str = "t5", seed: int = 0, untie: bool = Fal
 
 def small_network(kind: str = "t5", seed: int = 0, **changes):
     """Return a small random T5 or mT5 in evaluation mode, its layer norms not all ones; no tokenizer belongs to it."""
-    from common.t5.network import build_network
+    from common.t5.network import build_network, initialize
 
     ids = {"vocab_size": 50, "pad_token_id": 0, "eos_token_id": 1}
     shapes = build_network({"model_type": kind} | SMALL | ids | changes)
     torch.manual_seed(seed)
-    network = type(shapes)(shapes.config).eval()
+    network = initialize(shapes)
     with torch.no_grad():
         for name, p in network.named_parameters():
             if "layer_norm" in name:
                 p.add_(0.3 * torch.randn_like(p))
     return network
+
+
+def theirs(network):
+    """Return transformers' T5 or mT5 with the weights of one of ours."""
+    from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+    config = {key: value for key, value in network.config.to_dict().items() if key != "model_type"}
+    made = T5ForConditionalGeneration(T5Config(**config)) if network.config.model_type == "t5" else \
+        MT5ForConditionalGeneration(MT5Config(**config))
+    made.load_state_dict(network.state_dict(keep_vars=True), assign=True)
+    return made.eval()
+
+
+@torch.no_grad()
+def logits_of(network, ids, decoder_ids, mask=None) -> torch.Tensor:
+    """Return the logits of our network or of transformers'."""
+    made = network(input_ids=ids, decoder_input_ids=decoder_ids, attention_mask=mask)
+    return getattr(made, "logits", made)
+
+
+@torch.no_grad()
+def states_of(network, batch: dict) -> torch.Tensor:
+    """Return the decoder's states (batch, target length, d_model) at the end of the stack."""
+    from common.t5.loss import shift_right
+
+    return network.decoder(shift_right(batch["labels"], network.config), None,
+                           *network.encode(batch["input_ids"], batch["attention_mask"]))
 
 
 class Text:
@@ -108,6 +135,8 @@ class Text:
 @torch.no_grad()
 def seen_by_hooks(network, text: Text, names) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return what modules received and gave, all tokens' rows: the network itself, one sentence at a time, unpadded."""
+    from common.t5.loss import shift_right
+
     rows = {name: ([], []) for name in names}
 
     def hook(name):
@@ -118,7 +147,7 @@ def seen_by_hooks(network, text: Text, names) -> dict[str, tuple[torch.Tensor, t
 
     hooks = [hook(name) for name in rows]
     for source, target in text.pairs:
-        network(input_ids=source[None], labels=target[None], use_cache=False)
+        network(source[None], shift_right(target[None], network.config))
     for handle in hooks:
         handle.remove()
     return {name: (torch.cat(inputs), torch.cat(outputs)) for name, (inputs, outputs) in rows.items()}

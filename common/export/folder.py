@@ -10,7 +10,6 @@ from common.errors import UserError
 from common.export import layout
 from common.files.provenance import ancestry
 from common.t5.model import Model
-from common.t5.network import place
 from common.text.batches import MAX_TOKENS
 from common.text.translation import unknown
 
@@ -142,7 +141,7 @@ def translations(folder: Path, model: Model, kind: str, sentences: list[str], de
         from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        network = place(AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True).eval(), device)
+        network = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True).eval().to(device)
         batch = tokenizer(sentences, return_tensors="pt", padding=True, truncation=True).to(device)
         ids = network.generate(**batch, do_sample=False, num_beams=1, max_new_tokens=CHECK_TOKENS)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)

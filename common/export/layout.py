@@ -14,7 +14,6 @@ import torch
 from torch.nn.functional import pad
 
 from common.t5.modules import HEAD_PARTS, UNIT_PARTS
-from common.t5.network import CONFIG_KEYS, build_network
 from common.t5.shrink import blocks_left, heads_of, used
 
 SIDES = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
@@ -52,7 +51,7 @@ def for_transformers(network):
     # transformers 5.23 cannot translate with a decoder deeper than the encoder: the cache has num_layers places.
     config["num_layers"] = max(config["num_layers"], config["num_decoder_layers"])
     if not own_bias:
-        return _build(network, build_network(config), left, slots, False)
+        return _build(network, _t5(config), left, slots, False)
     target = _build(network, _umt5(config), left, slots, True)
     if not scales_output(network.config):  # which umT5 does always
         norm = target.decoder.final_layer_norm
@@ -70,7 +69,7 @@ def for_ctranslate2(network):
     heads = {side: _widest(slots, "Attention", side) for side in SIDES}
     slots = {name: _fill(s, heads[name.partition(".")[0]] if name.endswith("Attention") else max(1, len(s)))
              for name, s in slots.items()}
-    return _build(network, build_network(_config(network, left)), left, slots, False), heads
+    return _build(network, _t5(_config(network, left)), left, slots, False), heads
 
 
 def scales_output(config) -> bool:
@@ -79,9 +78,18 @@ def scales_output(config) -> bool:
 
 
 def _config(network, left: dict) -> dict:
-    config = network.config.to_dict()
-    return {key: config[key] for key in CONFIG_KEYS if config.get(key) is not None} | {
-        key: len(blocks_left(left, side)) for side, key in SIDES.items()}
+    return network.config.to_dict() | {key: len(blocks_left(left, side)) for side, key in SIDES.items()}
+
+
+def _t5(config: dict):
+    """Return transformers' T5 or mT5 of a configuration on the meta device."""
+    from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+    kept = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        if config["model_type"] == "mt5":
+            return MT5ForConditionalGeneration(MT5Config(**kept))
+        return T5ForConditionalGeneration(T5Config(**kept))
 
 
 def _umt5(config: dict):

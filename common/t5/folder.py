@@ -11,7 +11,7 @@ from common.errors import UserError, brief, reason, refuse
 from common.files.atomic import check_inputs
 from common.files.jsonfile import read_json
 from common.t5.model import Model
-from common.t5.network import build_network
+from common.t5.network import TIED, build_network, initialize
 from common.t5.tokenizer import read_tokenizer
 from common.text.corpus import DEMO, Corpus, read_pairs
 
@@ -79,16 +79,13 @@ def load_folder(folder: Path, source: str, target: str) -> Model:
     Raises:
         UserError: a file is missing or broken, it is no T5, or weights and configuration do not fit together.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
     config = read_config(folder)
     network = build_network(config, str(folder / "config.json"))
     network.load_state_dict(_fit(folder, network, _read_weights(folder)), assign=True)
     unfinished = [n for n, p in network.named_parameters() if not torch.isfinite(p).all()]
     if unfinished:
         raise UserError(f"{folder}: weights that are not finite: {', '.join(unfinished[:3])}")
-    if getattr(network.config, "decoder_start_token_id", None) is None:  # T5Config has no such attribute by default
+    if network.config.decoder_start_token_id is None:
         network.config.decoder_start_token_id = network.config.pad_token_id
     task = (config.get("task_specific_params") or {}).get(f"translation_{source}_to_{target}") or {}
     prefix = task.get("prefix", config.get("prefix")) or ""
@@ -195,10 +192,9 @@ def _fit(folder: Path, network, weights: dict) -> dict[str, torch.nn.Parameter]:
         if mask is not None and mask.shape == kept.shape and name not in weights:
             weights[name] = kept.float() * mask.float()
             del weights[name + "_orig"], weights[name + "_mask"]
-    tied = ["shared.weight", *network._tied_weights_keys]
-    first = next((name for name in tied if name in weights), None)
+    first = next((name for name in TIED if name in weights), None)
     shapes = {name: tuple(p.shape) for name, p in network.state_dict().items()}
-    missing = [n for n in shapes if n not in weights and n not in (tied if first else tied[1:])]
+    missing = [n for n in shapes if n not in weights and n not in (TIED if first else TIED[1:])]
     surplus = [n for n in weights if n not in shapes]
     other = [f"{n} is {tuple(weights[n].shape)} and should be {shapes[n]}" for n in shapes
              if n in weights and weights[n].shape != shapes[n]]
@@ -206,7 +202,7 @@ def _fit(folder: Path, network, weights: dict) -> dict[str, torch.nn.Parameter]:
         f"{len(names)} {what}: {_listed(names)}" for what, names in (
             ("missing", missing), ("of another shape", other), ("surplus", surplus)) if names])
     state = {name: torch.nn.Parameter(t.detach().float().contiguous()) for name, t in weights.items()}
-    for name in tied:
+    for name in TIED:
         if name not in state or torch.equal(state[name], state[first]):
             state[name] = state[first]
     return state
@@ -240,4 +236,4 @@ def make_tiny(corpus: Corpus) -> Model:
     network = build_network(TINY | {"vocab_size": tokenizer.get_vocab_size()})
     print(f"tiny: {tokenizer.get_vocab_size():,} tokens learned from {len(pairs):,} pairs", file=sys.stderr)
     text = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False)
-    return Model(type(network)(network.config).eval(), text, source=corpus.source, target=corpus.target)
+    return Model(initialize(network), text, source=corpus.source, target=corpus.target)

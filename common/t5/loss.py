@@ -24,41 +24,39 @@ class TranslationLoss(nn.Module):
         self.training = network.training  # else `evaluate` would leave a network that was evaluated in training mode
 
     def forward(self, batch):
-        inputs = network_inputs(batch, self.network.config)
-        logits = self.network(**inputs).logits
+        inputs, tokens = network_inputs(batch, self.network.config)
         distil = self.training and self.teacher[0] is not None
-        return token_loss(logits, batch["labels"], predict(self.teacher[0], inputs) if distil else None)
+        return token_loss(self.network(**inputs), tokens, predict(self.teacher[0], inputs) if distil else None)
 
 
-def token_loss(logits: torch.Tensor, labels: torch.Tensor,
-               aims: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def token_loss(logits: torch.Tensor, tokens: torch.Tensor,
+               aims: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
     """Return (loss, summed over target tokens, number of them); see `TranslationLoss`.
 
     Args:
-        logits: (batch, tgt_len, vocabulary).
-        labels: (batch, tgt_len), -100 where they do not count.
+        logits: (tokens, vocabulary).
+        tokens: (tokens,), the reference's.
         aims: the teacher's logits, shaped as ``logits``.
     """
-    valid = labels >= 0
-    if aims is None:
-        found, targets = logits.flatten(0, 1), labels.flatten()
+    if aims is not None:
+        targets = aims.softmax(dim=-1).mul_(DISTILLATION)
+        targets.scatter_add_(1, tokens[:, None], targets.new_full((len(tokens), 1), 1 - DISTILLATION))
     else:
-        found, tokens = logits[valid], labels[valid][:, None]
-        targets = aims[valid].softmax(dim=-1).mul_(DISTILLATION)
-        targets.scatter_add_(1, tokens, targets.new_full(tokens.shape, 1 - DISTILLATION))
-    return nn.functional.cross_entropy(found, targets, reduction="sum"), valid.sum()
+        targets = tokens
+    return nn.functional.cross_entropy(logits, targets, reduction="sum"), len(tokens)
 
 
 @torch.no_grad()
 def predict(network, inputs: dict) -> torch.Tensor:
-    """Return a network's logits for what `network_inputs` names."""
-    return network(**inputs).logits
+    """Return a network's logits (tokens, vocabulary) for what `network_inputs` names."""
+    return network(**inputs)
 
 
-def network_inputs(batch, config) -> dict:
-    """Return what a T5 is called with, by name, for its logits at every target token of a batch."""
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"],
-            "decoder_input_ids": shift_right(batch["labels"], config), "use_cache": False}
+def network_inputs(batch: dict, config) -> tuple[dict, torch.Tensor]:
+    """Return what a T5 is called with, by name, for its logits at every target token of a batch, and these tokens."""
+    where = batch["labels"] >= 0
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "where": where,
+            "decoder_input_ids": shift_right(batch["labels"], config)}, batch["labels"][where]
 
 
 def shift_right(labels: torch.Tensor, config) -> torch.Tensor:

@@ -33,7 +33,7 @@ from common.files.archive import all_plain, is_text, load_sealed, save_sealed
 from common.files.jsonfile import parse_json, to_json
 from common.files.provenance import is_provenance
 from common.t5.modules import prunable, weight_names
-from common.t5.network import CONFIG_KEYS, LIMITS, build_network, sparsity
+from common.t5.network import build_network, sparsity
 from common.text.corpus import LANGUAGE
 
 FORMAT = "composable-pruning model"
@@ -137,11 +137,10 @@ def save(path: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
             weights[name] = p.detach().to("cpu", torch.float32).contiguous()
     for name, mask in model.masks.items():
         assert not weights[name][~mask].any(), f"{name} has weights outside its mask"
-    config = network.config.to_dict()
-    keep = {k: config[k] for k in CONFIG_KEYS if config.get(k) is not None}
     content = {
-        "format": FORMAT, "version": VERSION if dtype in HALF_TYPES else 2, "config": to_json(keep),
-        "tokenizer": model.tokenizer_json, "prefix": model.prefix, "source": model.source, "target": model.target,
+        "format": FORMAT, "version": VERSION if dtype in HALF_TYPES else 2,
+        "config": to_json(network.config.to_dict()), "tokenizer": model.tokenizer_json,
+        "prefix": model.prefix, "source": model.source, "target": model.target,
         "weights": weights, "aliases": to_json(aliases),
         "masks": {name: pack_mask(mask) for name, mask in sorted(model.masks.items())},
     }
@@ -183,7 +182,7 @@ def load(path: Path) -> Model:
         if not LANGUAGE.fullmatch(content[key]):
             raise UserError(f"{path}: its {key} language is {brief(content[key])}, not a name such as en")
     network = build_network(config, str(path))
-    if not all(isinstance(getattr(network.config, key, None), int) for key in LIMITS if key.endswith("_token_id")):
+    if network.config.decoder_start_token_id is None:
         raise broken
     aliases = {name: of for name, of in aliases.items() if is_text(of) and of in weights}
     shapes = {name: p.shape for name, p in network.state_dict().items()}

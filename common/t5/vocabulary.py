@@ -17,7 +17,7 @@ from common.errors import UserError, reason
 from common.files.atomic import digest
 from common.files.provenance import Input
 from common.t5.model import Model
-from common.t5.network import build_network
+from common.t5.network import TIED, build_network
 from common.text.corpus import Corpus, read_pairs
 from common.text.translation import unknown
 
@@ -141,7 +141,7 @@ def _cut_network(network, kept: list[int]):
     small = build_network(config | special | {"vocab_size": len(kept)})
     state, rows = {}, {}
     for name, p in network.state_dict(keep_vars=True).items():
-        if name in ("shared.weight", *network._tied_weights_keys):
+        if name in TIED:
             if id(p) not in rows:
                 rows[id(p)] = torch.nn.Parameter(p.detach()[kept])
             p = rows[id(p)]

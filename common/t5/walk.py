@@ -14,8 +14,7 @@ import torch
 from common.least_squares import Moments
 from common.runtime import progress
 from common.t5.loss import shift_right
-
-ATTENTIONS = ("SelfAttention", "EncDecAttention")
+from common.t5.network import ATTENTIONS, additive, attend, split_heads
 
 
 @dataclass
@@ -24,27 +23,10 @@ class Stream:
 
     states: torch.Tensor  # (batch, length, d_model), the residual stream before the next sub-layer
     valid: torch.Tensor  # bool (batch, length): the tokens that count
-    mask: torch.Tensor  # additive, of self-attention: (batch or 1, 1, length or 1, length)
+    mask: torch.Tensor | None  # additive, of source tokens that do not count: (batch, 1, 1, length)
     source: "Stream | None" = None  # the encoder's, at its end; what cross-attention reads
     _inner: torch.Tensor | None = None
     _output: torch.Tensor | None = None
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, width: int, *biases: torch.Tensor) -> torch.Tensor:
-    """Return softmax(q kᵀ + biases) v head by head; T5 does not scale q kᵀ.
-
-    Args:
-        q: (batch, length, heads × width); k, v: (batch, source length, heads × width).
-        biases: broadcast to (batch, heads, length, source length).
-
-    Returns:
-        (batch, length, heads × width).
-    """
-    q, k, v = (x.unflatten(2, (-1, width)).transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(2, 3)
-    for bias in biases:
-        scores = scores + bias
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
 class Sublayer:
@@ -82,18 +64,16 @@ class Sublayer:
         own = self._norm(stream.states), stream.valid
         return [own, (stream.source.states, stream.source.valid)] if self.crossed else [own]
 
-    def biases(self, stream: Stream) -> tuple[torch.Tensor, ...]:
-        """Return what an attention adds to its scores: its mask, in self-attention positions too."""
-        return (stream.source.mask,) if self.crossed else (self._position(stream), stream.mask)
-
     @torch.no_grad()
-    def _position(self, stream: Stream) -> torch.Tensor:
-        """Return the relative position bias (1, heads, length, length), which the first layer has for all."""
+    def bias(self, stream: Stream) -> torch.Tensor:
+        """Return what an attention adds to its scores: its mask, in self-attention positions too."""
+        if self.crossed:
+            return stream.source.mask
         length = stream.states.shape[1]
         if length not in self._positions:
-            first = self.network.get_submodule(self.name.split(".")[0]).block[0].layer[0].SelfAttention
-            self._positions[length] = first.compute_bias(length, length)
-        return self._positions[length]
+            self._positions[length] = self.network.get_submodule(self.name.split(".")[0]).position_bias(length)
+        bias = self._positions[length]
+        return bias if stream.mask is None else bias + stream.mask
 
     @torch.no_grad()
     def inner(self, stream: Stream, hold: bool = False) -> torch.Tensor:
@@ -113,8 +93,9 @@ class Sublayer:
         """Return what `out` would receive if each reader ``part`` had the weight ``weight(part)``; with gradients."""
         inputs = [x for x, _ in self.inputs(stream)]
         if self.is_attention:
-            q, k, v = (inputs[i] @ weight(part).T for part, i in (("q", 0), ("k", -1), ("v", -1)))
-            return attend(q, k, v, self.module.key_value_proj_dim, *self.biases(stream))
+            q, k, v = (split_heads(inputs[i] @ weight(part).T, self.module.key_value_proj_dim)
+                       for part, i in (("q", 0), ("k", -1), ("v", -1)))
+            return attend(q, k, v, self.bias(stream))
         if hasattr(self.module, "wi_0"):
             return self.module.act(inputs[0] @ weight("wi_0").T) * (inputs[0] @ weight("wi_1").T)
         return self.module.act(inputs[0] @ weight("wi").T)
@@ -154,10 +135,6 @@ class Sublayer:
             stream._inner = stream._output = None
 
 
-def _additive(allowed: torch.Tensor) -> torch.Tensor:
-    return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
-
-
 def walk(network, splits: list, device, what: str = "") -> Iterator[Sublayer]:
     """Yield every sub-layer of a T5 in execution order, with the streams of all texts before it.
 
@@ -180,7 +157,7 @@ def _walk(network, splits: list[list[dict]]) -> Iterator[Sublayer]:
     sources = []
     for split in splits:
         valid = [batch["attention_mask"].bool() for batch in split]
-        sources.append([Stream(network.shared(batch["input_ids"]), v, _additive(v)[:, None, None])
+        sources.append([Stream(network.encoder.embed_tokens(batch["input_ids"]), v, additive(v)[:, None, None])
                         for batch, v in zip(split, valid, strict=True)])
     yield from _walk_stack(network, "encoder", sources)
     targets = []
@@ -188,9 +165,7 @@ def _walk(network, splits: list[list[dict]]) -> Iterator[Sublayer]:
         targets.append([])
         for batch, source in zip(split, streams, strict=True):
             ids = shift_right(batch["labels"], network.config)
-            causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-            targets[-1].append(Stream(network.shared(ids), batch["labels"] >= 0, _additive(causal)[None, None],
-                                      source))
+            targets[-1].append(Stream(network.decoder.embed_tokens(ids), batch["labels"] >= 0, None, source))
     yield from _walk_stack(network, "decoder", targets)
 
 
@@ -198,8 +173,7 @@ def _walk_stack(network, name: str, splits: list[list[Stream]]) -> Iterator[Subl
     stack, positions = network.get_submodule(name), {}
     for i, block in enumerate(stack.block):
         for j, layer in enumerate(block.layer):
-            kind = next((k for k in ATTENTIONS if hasattr(layer, k)), "DenseReluDense")
-            sublayer = Sublayer(network, f"{name}.block.{i}.layer.{j}.{kind}", layer, splits, positions)
+            sublayer = Sublayer(network, f"{name}.block.{i}.layer.{j}.{layer.kind}", layer, splits, positions)
             yield sublayer
             sublayer.advance()
     for stream in (s for split in splits for s in split):

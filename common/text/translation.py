@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from common.runtime import progress
+from common.t5.decoding import decode
 from common.t5.model import Model
 from common.text.batches import Batches
 
@@ -42,17 +43,6 @@ class Scores:
     notes: list[str] = field(default_factory=list)
 
 
-def cut(ids: list[int], config) -> list[int]:
-    """Return generated ids without the start token in front, without padding, and only up to the first end token.
-
-    By id: a tokenizer need not flag these tokens as special, and the start token may be an ordinary piece, which
-    counts as text elsewhere.
-    """
-    ids = ids[1:] if ids[:1] == [config.decoder_start_token_id] else ids
-    end = ids.index(config.eos_token_id) if config.eos_token_id in ids else len(ids)
-    return [i for i in ids[:end] if i != config.pad_token_id]
-
-
 def unknown(model: Model) -> int | None:
     """Return the id of the tokenizer's unknown token, which is no text, or None."""
     kind = json.loads(model.tokenizer_json).get("model") or {}
@@ -75,17 +65,13 @@ def translate(model: Model, batches: Batches, device, beams: int = 1,
     with progress(total=len(batches), what="translating", unit=" sentences") as bar:
         for examples in batches.epoch(None):
             batch = batches.collate(examples, device)
-            ids = network.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=beams, do_sample=False,
-                max_new_tokens=max_new_tokens or 2 * batch["input_ids"].shape[1] + 16, use_cache=True,
-                pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id,
-                decoder_start_token_id=config.decoder_start_token_id).tolist()
-            ends = [config.eos_token_id in row[1:] for row in ids]
-            unfinished += ends.count(False)
-            tokens += sum(row.index(config.eos_token_id, 1) if end else len(row) - 1
-                          for row, end in zip(ids, ends, strict=True))
-            pieces = [[i for i in cut(row, config) if i != no_text] for row in ids]
-            # Flags leave out what no id of the model names, T5's sentinels for example.
+            ids = decode(network, batch["input_ids"], batch["attention_mask"],
+                         max_new_tokens or 2 * batch["input_ids"].shape[1] + 16, beams)
+            unfinished += sum(row[-1] != config.eos_token_id for row in ids)
+            tokens += sum(map(len, ids))
+            nothing = config.eos_token_id, config.pad_token_id, no_text
+            pieces = [[i for i in row if i not in nothing] for row in ids]
+            # By id, because a tokenizer need not flag these; flags leave out others, T5's sentinels for example.
             for example, text in zip(examples, tokenizer.decode_batch(pieces, skip_special_tokens=True), strict=True):
                 texts[places[id(example)]] = text.strip()
             bar.update(len(examples))

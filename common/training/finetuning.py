@@ -6,7 +6,6 @@ from torch import nn
 
 from common.errors import UserError
 from common.files.provenance import Input, provenance
-from common.t5 import network
 from common.t5.loss import TranslationLoss
 from common.t5.model import Model, save
 from common.text.batches import Batches
@@ -24,12 +23,10 @@ def fingerprint(arguments: dict, inputs: dict[str, Input]) -> dict[str, str]:
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Set the dropout of a T5's modules, attention weights included, not that of its configuration. Mutates it."""
+    """Set the dropout of a T5's modules, not that of its configuration. Mutates it."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
-        elif isinstance(getattr(module, "dropout", None), (int, float)):  # of attention weights; may be an integer 0
-            module.dropout = probability
 
 
 def finetune(stage: str, arguments: dict, model: Model, inputs: dict[str, Input], train: Batches, valid: Batches,
@@ -51,9 +48,9 @@ def finetune(stage: str, arguments: dict, model: Model, inputs: dict[str, Input]
         if not _same_vocabulary(teacher, model):
             raise UserError("the model to distil from has another vocabulary than the model to train; distilling needs "
                             "the same")
-        network.place(teacher.network, device).eval().requires_grad_(False)
+        teacher.network.to(device).eval().requires_grad_(False)
     inputs |= {"training text": train.as_input(), "validation text": valid.as_input()}
-    objective = TranslationLoss(network.place(model.network, device), teacher and teacher.network)
+    objective = TranslationLoss(model.network.to(device), teacher and teacher.network)
     if options.dropout is not None:
         set_dropout(model.network, options.dropout)
     with Masks(model.network, model.masks):

@@ -19,7 +19,8 @@ import torch
 
 from common.least_squares import Moments, solve
 from common.pruning.bank import Bank, Variant
-from common.t5.walk import Stream, Sublayer, attend
+from common.t5.network import attend, split_heads
+from common.t5.walk import Stream, Sublayer
 
 STEP = 0.05  # of a projection's own size, in the first step; falls linearly to 0
 SENTENCES = 24  # a step, about 512 tokens of Multi30K
@@ -32,7 +33,7 @@ class _Item(NamedTuple):
 
     states: torch.Tensor  # (batch, length, d_model)
     source: torch.Tensor  # the same in self-attention
-    biases: torch.Tensor  # (batch, heads or 1, length, source length)
+    bias: torch.Tensor  # (batch, heads or 1, length, source length)
     valid: torch.Tensor  # bool (batch, length)
     source_valid: torch.Tensor
     target: torch.Tensor  # (batch, length, d_model)
@@ -41,7 +42,7 @@ class _Item(NamedTuple):
 def _item(sublayer: Sublayer, stream: Stream) -> _Item:
     groups, valid = sublayer.inputs(stream), stream.valid
     target = torch.where(valid[..., None], sublayer.output(stream), 0.0)
-    return _Item(groups[0][0], groups[-1][0], sum(sublayer.biases(stream)), valid, groups[-1][1], target)
+    return _Item(groups[0][0], groups[-1][0], sublayer.bias(stream), valid, groups[-1][1], target)
 
 
 class _Heads:
@@ -72,10 +73,10 @@ class _Heads:
 
     def inner(self, item: _Item) -> torch.Tensor:
         """Return the inputs of ``o`` (valid tokens, heads × d_kv)."""
-        biases = item.biases if item.biases.shape[1] == 1 else item.biases[:, self.heads]
-        q, k, v = (x @ self.weights[part].T for x, part in zip((item.states, item.source, item.source), "qkv",
-                                                              strict=True))
-        return attend(q, k, v, self.width, biases)[item.valid]
+        bias = item.bias if item.bias.shape[1] == 1 else item.bias[:, self.heads]
+        q, k, v = (split_heads(x @ self.weights[part].T, self.width)
+                   for x, part in zip((item.states, item.source, item.source), "qkv", strict=True))
+        return attend(q, k, v, bias)[item.valid]
 
     def losses(self, item: _Item) -> torch.Tensor:
         """Return each variant's squared error on a batch, summed over tokens and outputs."""

@@ -70,11 +70,11 @@ class JointTranslation(BankWeights):
     def composed(self, chosen: list[int], batch):
         """Return (loss sum, tokens) of the original with the chosen variants in place."""
         network = self._network[0]
-        inputs = network_inputs(batch, network.config)
+        inputs, tokens = network_inputs(batch, network.config)
         weights = {name: w for i in chosen for name, w in self.masked(i).items()}
-        logits = functional_call(network, weights, (), inputs).logits
+        logits = functional_call(network, weights, (), inputs)
         aims = predict(network, inputs) if self.training else None
-        return token_loss(logits, batch["labels"], aims)
+        return token_loss(logits, tokens, aims)
 
     def forward(self, batch):
         if self.training:

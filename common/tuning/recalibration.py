@@ -20,7 +20,6 @@ from common.pruning.bank import Bank
 from common.runtime import say
 from common.t5.loss import TranslationLoss, evaluate
 from common.t5.model import Model
-from common.t5.network import place
 from common.t5.walk import Sublayer, walk
 from common.text.batches import Batches
 
@@ -74,11 +73,11 @@ def recalibrate_composed(original: Model, composed: Model, bank: Bank, calibrati
 
     A model whose loss on ``valid`` meets ``target_loss`` is left alone. Returns the seconds of the sweep.
     """
-    place(composed.network, device)
+    composed.network.to(device)
     if target_loss and (loss := evaluate(TranslationLoss(composed.network), valid, device)) <= target_loss:
         say(f"not recalibrated: the composed model's validation loss {loss:.4f} meets the target")
         return 0.0
-    return recalibrate(place(original.network, device), composed, calibration, device, bank.keeps_hidden)
+    return recalibrate(original.network.to(device), composed, calibration, device, bank.keeps_hidden)
 
 
 def _apply(sublayer: Sublayer, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -63,8 +63,7 @@ def test_ctranslate2_gives_the_models_probabilities(tmp_path, name, seed):
         t.tokens[:-1] for _, t in pairs])  # it puts the end there itself
     for (source, target), found in zip(pairs, scored, strict=True):
         with torch.no_grad():
-            logits = model.network(input_ids=torch.tensor([source.ids]),
-                                   decoder_input_ids=torch.tensor([[0, *target.ids[:-1]]])).logits[0]
+            logits = model.network(torch.tensor([source.ids]), torch.tensor([[0, *target.ids[:-1]]]))[0]
         wanted = logits.log_softmax(dim=-1).gather(1, torch.tensor(target.ids)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(found.log_probs), wanted, rtol=1e-3, atol=1e-4)
 

@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 from common.errors import UserError
 from common.t5 import folder, model
 from common.text import corpus
-from tests.small import save_folder, write_corpus
+from tests.small import logits_of, save_folder, write_corpus
 
 WI = "encoder.block.0.layer.1.DenseReluDense.wi.weight"
 BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
@@ -34,8 +34,11 @@ def hub(saved, tmp_path):
 
 def logits(network):
     ids = torch.arange(3, 23).view(2, 10)
-    with torch.no_grad():
-        return network(input_ids=ids, decoder_input_ids=ids).logits
+    return logits_of(network, ids, ids)
+
+
+def same(a, b):
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def theirs(path):
@@ -69,8 +72,8 @@ def state_of(hub):
 def test_loading_equals_transformers(tmp_path, kind, changes):
     network = save_folder(tmp_path / "hub", kind, **changes)
     loaded = load(tmp_path / "hub")
-    assert torch.equal(logits(loaded.network), logits(network))
-    assert torch.equal(logits(loaded.network), logits(theirs(tmp_path / "hub")))
+    assert same(logits(loaded.network), logits(network))
+    assert same(logits(loaded.network), logits(theirs(tmp_path / "hub")))
     assert (loaded.network.lm_head.weight is loaded.network.shared.weight) == ("untie" not in changes)
     assert (loaded.source, loaded.target, loaded.prefix, loaded.masks) == ("en", "de", "", {})
 
@@ -87,7 +90,7 @@ def test_weights_become_float32(hub, dtype):
     network = load(hub).network
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert torch.equal(network.get_parameter(WI), state[WI].to(dtype).float())
-    assert torch.equal(logits(network), logits(theirs(hub)))
+    assert same(logits(network), logits(theirs(hub)))
 
 
 @pytest.mark.parametrize("form", ["zip", "before torch 1.6", "parameters", "state_dict", "model_state_dict", "model"])
@@ -98,7 +101,7 @@ def test_a_bin_file_is_read(hub, form):
         state = {name: torch.nn.Parameter(t) for name, t in state.items()}
     content = {form: state, "epoch": 3} if form.endswith(("dict", "model")) else state
     torch.save(content, hub / "pytorch_model.bin", _use_new_zipfile_serialization=form != "before torch 1.6")
-    assert torch.equal(logits(load(hub).network), expected)
+    assert same(logits(load(hub).network), expected)
 
 
 def shard(hub, suffix):
@@ -118,7 +121,7 @@ def shard(hub, suffix):
 @pytest.mark.parametrize("suffix", ["model.safetensors", "pytorch_model.bin"])
 def test_shards_are_put_together(hub, saved, suffix):
     shard(hub, suffix)
-    assert torch.equal(logits(load(hub).network), logits(theirs(saved)))
+    assert same(logits(load(hub).network), logits(theirs(saved)))
 
 
 def test_a_shard_that_is_not_there_is_named(hub):
@@ -144,7 +147,7 @@ def test_a_shard_outside_the_folder_is_refused(hub, place):
     ids=["compile", "parallel", "both", "stacked", "Lightning", "inner", "FSDP"])
 def test_wrappers_in_names_are_understood(hub, saved, rename):
     save_file({rename(name): t for name, t in load_file(hub / "model.safetensors").items()}, hub / "model.safetensors")
-    assert torch.equal(logits(load(hub).network), logits(theirs(saved)))
+    assert same(logits(load(hub).network), logits(theirs(saved)))
 
 
 def test_a_pruned_network_of_torch_is_read_with_its_masks_applied(hub):
@@ -155,7 +158,7 @@ def test_a_pruned_network_of_torch_is_read_with_its_masks_applied(hub):
     (hub / "model.safetensors").unlink()
     torch.save(network.state_dict(), hub / "pytorch_model.bin")
     loaded = load(hub).network
-    assert torch.equal(logits(loaded), logits(network))
+    assert same(logits(loaded), logits(network))
     assert int((loaded.get_parameter(WI) == 0).sum()) == pruned[0].weight.numel() // 2
 
 
@@ -173,13 +176,13 @@ def test_embeddings_are_tied_as_in_transformers(hub, there, other):
         state[other] += 1
     save_file(state, hub / "model.safetensors", metadata={"format": "pt"})
     ours, reference = load(hub).network, theirs(hub)
-    assert torch.equal(logits(ours), logits(reference))
+    assert same(logits(ours), logits(reference))
     assert len(list(ours.parameters())) == len(list(reference.parameters()))
 
 
 def test_the_surplus_bias_of_old_files_is_accepted(hub, saved):
     save_file(load_file(hub / "model.safetensors") | {BIAS: torch.ones(32, 4)}, hub / "model.safetensors")
-    assert torch.equal(logits(load(hub).network), logits(theirs(saved)))
+    assert same(logits(load(hub).network), logits(theirs(saved)))
 
 
 def rename(state, old, new):
@@ -295,7 +298,7 @@ def test_a_tensor_that_claims_more_numbers_than_it_has_is_refused(hub):
     ({"attn_implementation": "somebody/kernels"}, "asks for foreign code"), ({"auto_map": {"x": "y"}}, "foreign code"),
     ({"quantization_config": {"quant_method": "x"}}, "foreign code"), ({"num_labels": 10**9}, "num_labels = 10+;"),
     ({"task_specific_params": [1]}, "task_specific_params"), ({"num_layers": 10**9}, "num_layers = 10+, allowed"),
-    ({"prefix": 3}, "prefix = 3, which is no text"), ({"feed_forward_proj": "a-b-c"}, "make sure .* is of the format"),
+    ({"prefix": 3}, "prefix = 3, which is no text"), ({"feed_forward_proj": "a-b-c"}, "not an activation"),
 ])
 def test_a_configuration_that_asks_for_too_much_is_refused(hub, changes, complaint):
     change(hub / "config.json", **changes)
@@ -349,7 +352,7 @@ def test_a_byte_order_mark_before_every_json_file_changes_nothing(hub, saved):
     for path in hub.glob("*.json"):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     ours, plain = load(hub), load(saved)
-    assert torch.equal(logits(ours.network), logits(plain.network))
+    assert same(logits(ours.network), logits(plain.network))
     assert ours.tokenizer_json == plain.tokenizer_json
 
 
@@ -378,7 +381,7 @@ def test_a_model_in_the_cache_needs_no_network_and_its_commit_is_recorded(cache,
     assert result.code == 0, result.err
     loaded = model.load(tmp_path / "m.pth")
     assert loaded.provenance["arguments"]["hub_commit"] == cache.name
-    assert torch.equal(logits(loaded.network), logits(theirs(saved)))
+    assert same(logits(loaded.network), logits(theirs(saved)))
 
 
 def test_a_model_in_the_cache_is_used_whatever_stops_the_hub(cache, monkeypatch):
@@ -395,7 +398,7 @@ def test_a_cached_model_with_a_bin_file_alone_is_found(cache, saved):
     state = state_of(cache)
     torch.save(state, cache / "pytorch_model.bin")
     path, _ = folder.fetch("somebody/t5")
-    assert torch.equal(logits(load(path).network), logits(theirs(saved)))
+    assert same(logits(load(path).network), logits(theirs(saved)))
 
 
 def test_no_network_is_one_sentence_with_the_ways_out(cache, stage, tmp_path):
@@ -418,7 +421,7 @@ def test_demo_is_the_model_of_the_repository(tmp_path, monkeypatch, stage):
     assert folder.fetch("demo") == (corpus.DEMO / "model", None)
     assert stage("download_model", "-m", "demo", "-o", "m.pth").code == 0
     loaded = model.load(tmp_path / "m.pth")
-    assert torch.equal(logits(loaded.network), logits(theirs(corpus.DEMO / "model")))
+    assert same(logits(loaded.network), logits(theirs(corpus.DEMO / "model")))
     assert loaded.provenance["arguments"]["hub_commit"] is None
 
 
@@ -445,7 +448,7 @@ def test_a_byt5_needs_no_tokenizer_file(tmp_path, stage):
     result = stage("download_model", "-m", tmp_path / "hub", "-o", tmp_path / "m.pth")
     assert result.code == 0, result.err
     loaded = model.load(tmp_path / "m.pth")
-    assert torch.equal(logits(loaded.network), logits(network))
+    assert same(logits(loaded.network), logits(network))
     sentence = "Ein Mädchen läuft über Öl."
     ids = loaded.tokenizer.encode(sentence).ids
     assert ids == ByT5Tokenizer()(sentence).input_ids and loaded.tokenizer.decode([0, *ids]) == sentence

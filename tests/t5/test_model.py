@@ -7,7 +7,7 @@ import torch
 from common.errors import UserError
 from common.files.archive import load_sealed, save_sealed
 from common.t5 import model as models
-from tests.small import make_tokenizer, small_network
+from tests.small import logits_of, make_tokenizer, small_network
 
 WI = "encoder.block.0.layer.1.DenseReluDense.wi.weight"
 HALVES = (torch.float16, torch.bfloat16)
@@ -15,8 +15,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def logits(network):
     ids = torch.arange(3, 23).view(2, 10)
-    with torch.no_grad():
-        return network(input_ids=ids, decoder_input_ids=ids).logits
+    return logits_of(network, ids, ids)
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from common.t5.decoding import decode
 from common.t5.model import Model
 from common.t5.modules import prunable
+from common.t5.network import T5
 from common.t5.shrink import shrink, used
-from tests.small import small_network
+from tests.small import logits_of, small_network
 
 FAMILY = {"t5": ("t5", {}), "gated": ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
           "mt5": ("mt5", {})}
@@ -68,19 +70,18 @@ def batch() -> dict:
     return {"input_ids": torch.randint(2, 50, (3, 9), generator=g), "attention_mask": mask}
 
 
-@torch.no_grad()
 def logits(network) -> torch.Tensor:
     ids = torch.randint(2, 50, (3, 7), generator=torch.Generator().manual_seed(4))
-    return network(**batch(), decoder_input_ids=ids, use_cache=False).logits
+    return logits_of(network, batch()["input_ids"], ids, batch()["attention_mask"])
 
 
-@torch.no_grad()
-def generated(network, beams: int):
-    """Return the ids of translations, and for greedy search the logits of each step."""
-    made = network.generate(**batch(), num_beams=beams, do_sample=False, max_new_tokens=6, pad_token_id=0,
-                            eos_token_id=1, decoder_start_token_id=0, return_dict_in_generate=True,
-                            output_logits=beams == 1)
-    return made.sequences, torch.stack(made.logits) if beams == 1 else None
+def generated(network, beams: int) -> list[list[int]]:
+    """Return the ids of translations by our search, or by that of transformers' network."""
+    if isinstance(network, T5):
+        return decode(network, **batch(), limit=6, beams=beams)
+    rows = network.generate(**batch(), num_beams=beams, do_sample=False, max_new_tokens=6, pad_token_id=0,
+                            eos_token_id=1, decoder_start_token_id=0).tolist()
+    return [row[1:row.index(1) + 1] if 1 in row else row[1:] for row in rows]
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -89,12 +90,10 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def check(network) -> torch.nn.Module:
     """Shrink a network and compare."""
-    network.config.num_layers = 3  # for the decoder's cache, see `shrink`
     small = shrink(Model(network, ""))
     assert same(logits(network), logits(small))
     for beams in (1, 3):
-        (ids, steps), (small_ids, small_steps) = generated(network, beams), generated(small, beams)
-        assert torch.equal(ids, small_ids) and (beams > 1 or same(steps, small_steps))
+        assert generated(network, beams) == generated(small, beams)
     return small
 
 
@@ -121,11 +120,9 @@ EDGES = {
     "the decoder": {"decoder": "none"}, "everything": {"": "none"}}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("edge", EDGES)
-def test_edges(edge, attention):
+def test_edges(edge):
     network = network_of("t5")
-    network.set_attn_implementation(attention)
     (part, what), = EDGES[edge].items()
     empty_some(network, [what if part in name else "some" for name in used(network)], 1)
     check(network)
@@ -157,7 +154,7 @@ def test_the_model_is_not_changed():
     before = {name: (p, p.clone()) for name, p in network.state_dict(keep_vars=True).items()}
     names = list(network._modules)
     small = shrink(Model(network, ""))
-    small.encoder.block[0].layer[0].SelfAttention.attention.q.weight.zero_()
+    small.encoder.block[0].layer[0].SelfAttention.q.weight.zero_()
     after = network.state_dict(keep_vars=True)
     assert names == list(network._modules) and before.keys() == after.keys()
     assert all(after[name] is p and torch.equal(p, copy) and p.requires_grad for name, (p, copy) in before.items())

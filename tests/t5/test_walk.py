@@ -5,7 +5,7 @@ import torch
 
 from common.t5.modules import kind_of, prunable
 from common.t5.walk import walk
-from tests.small import Text, seen_by_hooks, small_network
+from tests.small import Text, seen_by_hooks, small_network, states_of
 
 KINDS = {"t5": {}, "v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}, "mt5": {"kind": "mt5"}}
 
@@ -30,8 +30,7 @@ def states_after(network, text) -> list[torch.Tensor]:
 @torch.no_grad()
 def own_states(network, text) -> list[torch.Tensor]:
     """Return the same by the network itself."""
-    return [network(**batch, output_hidden_states=True).decoder_hidden_states[-1][batch["labels"] >= 0]
-            for batch in text.fixed()]
+    return [states_of(network, batch)[batch["labels"] >= 0] for batch in text.fixed()]
 
 
 def test_the_states_after_the_walk_are_the_networks_own(network):

@@ -10,8 +10,9 @@ import sacrebleu
 import torch
 
 from common.t5 import model as models
+from common.text import translation
 from common.text.batches import Batches
-from common.text.translation import bleu_tokenizer, cut, score, translate
+from common.text.translation import bleu_tokenizer, score, translate
 
 PAIRS = [("A man runs.", "Ein Mann rennt."), ("A child eats.", "Ein Kind isst."), ("A dog.", "Ein Hund.")]
 SENTENCES = {
@@ -25,38 +26,22 @@ SENTENCES = {
 CONFIG = SimpleNamespace(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
 
 
-@pytest.mark.parametrize(("ids", "changes", "expected"), [
-    ([0, 7, 8, 1, 0, 0], {}, [7, 8]),
-    ([0, 7, 8], {}, [7, 8]),  # cut at the limit
-    ([0, 1], {}, []),
-    ([0, 7, 1, 9, 1, 0], {}, [7]),
-    ([0, 7, 0, 8, 1], {}, [7, 8]),
-    ([5, 7, 5, 8, 1, 0], {"decoder_start_token_id": 5}, [7, 5, 8]),  # the start token as a piece of the text
-    ([5, 5, 1], {"decoder_start_token_id": 5}, [5]),
-    ([1, 7, 8, 1, 0], {"decoder_start_token_id": 1}, [7, 8]),  # start and end are one, as in mBART
-    ([0, 7, 8, 3, 3], {"eos_token_id": 3, "pad_token_id": 3}, [7, 8]),
-    ([0, 7, 1, 2, 9], {"eos_token_id": 2, "pad_token_id": 9}, [7, 1])])
-def test_start_padding_and_what_follows_the_end_are_cut_by_id(ids, changes, expected):
-    assert cut(ids, SimpleNamespace(**vars(CONFIG) | changes)) == expected
-
-
 @pytest.fixture
 def model(made):
     return models.load(made / "origin.pth")
 
 
 def generated(model, monkeypatch, rows, **options):
-    """Translate `PAIRS` with a network that generates ``rows``, one for each pair."""
+    """Translate `PAIRS` with a search that finds ``rows``, one for each pair."""
     batches = Batches(PAIRS, model, 8192)
     order = [batches.dataset.examples.index(e) for batch in batches.epoch(None) for e in batch]
-    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in order], True)
-    monkeypatch.setattr(model.network, "generate", lambda **kw: rows)
+    monkeypatch.setattr(translation, "decode", lambda *_: [rows[i] for i in order])
     return translate(model, batches, "cpu", **options)
 
 
 @pytest.mark.parametrize("flagged", [True, False])
 def test_a_tokenizer_need_not_flag_its_special_tokens(model, monkeypatch, flagged):
-    rows = [[0, *model.tokenizer.encode(target).ids] for _, target in PAIRS]
+    rows = [model.tokenizer.encode(target).ids for _, target in PAIRS]
     rows[1].insert(3, model.tokenizer.token_to_id("<unk>"))
     if not flagged:
         content = json.loads(model.tokenizer_json)
@@ -65,29 +50,28 @@ def test_a_tokenizer_need_not_flag_its_special_tokens(model, monkeypatch, flagge
     assert generated(model, monkeypatch, rows).texts == [target for _, target in PAIRS]
 
 
-def test_a_start_token_that_is_an_ordinary_piece_is_cut_in_front_only(model, monkeypatch):
-    ids = [model.tokenizer.encode(target).ids for _, target in PAIRS]
-    assert ids[0][0] == ids[1][0]
-    model.network.config.decoder_start_token_id = ids[0][0]
-    assert generated(model, monkeypatch, [[ids[0][0], *i] for i in ids]).texts == [target for _, target in PAIRS]
+def test_a_start_token_that_is_an_ordinary_piece_counts_as_text(model, monkeypatch):
+    rows = [model.tokenizer.encode(target).ids for _, target in PAIRS]
+    model.network.config.decoder_start_token_id = rows[0][0]
+    assert generated(model, monkeypatch, rows).texts == [target for _, target in PAIRS]
 
 
 def test_translations_without_an_end_are_counted(model, monkeypatch):
-    made = generated(model, monkeypatch, [[0, 7, 1], [0, 7, 8], [0, 9, 1]])
+    made = generated(model, monkeypatch, [[7, 1], [7, 8], [9, 1]])
     assert made.hit_limit == pytest.approx(1 / 3)
 
 
 def test_tokens_are_counted_up_to_the_end_of_each_sentence(model, monkeypatch):
-    assert generated(model, monkeypatch, [[0, 7, 1], [0, 7, 8, 9], [0, 9, 9, 1]]).tokens == 2 + 3 + 3
+    assert generated(model, monkeypatch, [[7, 1], [7, 8, 9], [9, 9, 1]]).tokens == 2 + 3 + 3
 
 
 def test_translations_end_at_the_limit(model, monkeypatch):
-    seen, generate = [], model.network.generate
-    monkeypatch.setattr(model.network, "generate", lambda **kw: seen.append(kw) or generate(**kw))
+    seen, decode = [], translation.decode
+    monkeypatch.setattr(translation, "decode", lambda *a: seen.append(a[3]) or decode(*a))
     batches = Batches(PAIRS, model, 8192)
     for limit in (None, 1):
         translate(model, batches, "cpu", max_new_tokens=limit)
-    assert [kw["max_new_tokens"] for kw in seen] == [2 * max(len(e.source) for e in batches.dataset.examples) + 16, 1]
+    assert seen == [2 * max(len(e.source) for e in batches.dataset.examples) + 16, 1]
 
 
 def test_a_translation_equals_one_made_token_by_token(model):
@@ -97,8 +81,7 @@ def test_a_translation_equals_one_made_token_by_token(model):
         out = [0]
         with torch.no_grad():
             while len(out) < 13 and (len(out) == 1 or out[-1] != 1):
-                logits = model.network(input_ids=torch.tensor([example.source]),
-                                       decoder_input_ids=torch.tensor([out])).logits
+                logits = model.network(torch.tensor([example.source]), torch.tensor([out]))
                 out.append(int(logits[0, -1].argmax()))
         assert text == model.tokenizer.decode(out).strip()
 

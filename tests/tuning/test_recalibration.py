@@ -9,7 +9,7 @@ from common.t5.model import Model
 from common.t5.modules import prunable
 from common.tuning import recalibration
 from common.tuning.recalibration import recalibrate, recalibrate_composed
-from tests.small import Text, scheme_of, seen_by_hooks, small_network, write_bank
+from tests.small import Text, scheme_of, seen_by_hooks, small_network, states_of, write_bank
 
 TEXT = Text()
 SELF = "encoder.block.0.layer.0.SelfAttention"
@@ -30,7 +30,7 @@ def states_error(original, network) -> float:
     """Return the mean squared difference of the two networks' decoder states, the plain way."""
     total = count = 0
     for batch in TEXT.fixed():
-        a, b = (n(**batch, output_hidden_states=True).decoder_hidden_states[-1] for n in (original, network))
+        a, b = (states_of(n, batch) for n in (original, network))
         valid = batch["labels"] >= 0
         total, count = total + float((a - b)[valid].square().sum()), count + int(valid.sum())
     return total / count
@@ -69,7 +69,7 @@ def test_a_later_wo_is_fitted_to_put_the_stream_right_again(tmp_path):
         layer = network.encoder.block[i].layer[1]
         handle = layer.register_forward_hook(lambda m, a, y: rows.append((a[0][0], y[0])))
         for source, _ in TEXT.pairs:
-            network.encoder(input_ids=source[None])
+            network.encoder(source[None])
         handle.remove()
         return [torch.cat(part) for part in zip(*rows, strict=True)]
 
