@@ -12,6 +12,7 @@ measured again) and calibration.png into --out.
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,13 +29,13 @@ FASTEST_OF = 3
 class Bench:
     """The original model, the text, and the rows measured so far."""
 
-    def __init__(self, args):
+    def __init__(self, args, results: str = "recovery.json"):
         from common import runtime
         from common.t5 import model, modules, network
         from common.text import batches, corpus
 
         self.device = runtime.setup("cpu")
-        self.path, self.out, self.results = args.model, args.out, args.out / "recovery.json"
+        self.path, self.out, self.results = args.model, args.out, args.out / results
         self.rows = json.loads(self.results.read_text()) if self.results.exists() else {}
         self.original = model.load(args.model)
         if self.rows.setdefault("model", self.original.identity) != self.original.identity:
@@ -53,11 +54,17 @@ class Bench:
 
         return calibration_text(self.corpus, self.original, 0, size or self.sentences or CALIBRATION_SENTENCES)
 
-    def prune(self, rates, criterion: str) -> tuple[list, float]:
-        """Return a configuration's pruned variants and the seconds they took."""
-        from common.pruning import configurations, scheme, variants
+    def uniform(self, rates) -> dict[str, float]:
+        """Return the configuration of all modules at (heads, linear) or (heads, linear, hidden units)."""
+        from common.pruning.configurations import uniform
 
-        made = scheme.make_scheme([configurations.uniform(self.kinds, *rates)])
+        return uniform(self.kinds, *rates)
+
+    def prune(self, configuration: dict[str, float], criterion: str) -> tuple[list, float]:
+        """Return a configuration's pruned variants and the seconds they took."""
+        from common.pruning import scheme, variants
+
+        made = scheme.make_scheme([configuration])
         text, began = self.text(), time.perf_counter()
         found = list(variants.prune_scheme(self.original, made) if criterion == "l1" else
                      variants.prune_scheme_by_obs(self.original, made, text, self.device))
@@ -68,7 +75,7 @@ class Bench:
         from common.pruning import bank
         from common.tuning import exact
 
-        path = self.out / "recovery.tmp.npy"
+        path = self.results.with_suffix(".tmp.npy")
         with bank.create(path, "", "", None, {}) as writer:
             for variant in variants:
                 writer.add(variant)
@@ -97,15 +104,20 @@ class Bench:
         """Measure a row unless it is there; ``make()`` returns (model, seconds, error or None)."""
         from common.files.jsonfile import write_json
         from common.t5.loss import TranslationLoss, evaluate
+        from common.t5.network import sparsity
+        from common.t5.shrink import shrink
         from common.text.translation import score, translate
 
         rows = self.rows.setdefault(table, {})
         if name not in rows:
             model, seconds, error = make()
-            loss = evaluate(TranslationLoss(model.network), self.valid, self.device)
-            texts = translate(model, self.test_batches, self.device).texts
+            small = replace(model, network=shrink(model))  # faster, and gives the same
+            loss = evaluate(TranslationLoss(small.network), self.valid, self.device)
+            texts = translate(small, self.test_batches, self.device).texts
             bleu = score(texts, [target for _, target in self.test], model.target).bleu
-            rows[name] = {"valid_loss": loss, "bleu": bleu, "seconds": seconds, "block_error": error}
+            weights, zeros = sparsity(small.network)
+            rows[name] = {"valid_loss": loss, "bleu": bleu, "seconds": seconds, "block_error": error,
+                          "weights": weights, "zeros": zeros}
             write_json(self.results, self.rows)
         row = rows[name]
         error = "" if row["block_error"] is None else f"{row['block_error']:.4f}"
@@ -127,7 +139,7 @@ def recipe(b: Bench, every_rates) -> None:
 
             def variants(rates=rates, criterion=criterion, pruned=pruned):
                 if not pruned:
-                    pruned.extend(b.prune(rates, criterion))
+                    pruned.extend(b.prune(b.uniform(rates), criterion))
                 return pruned
 
             for how, steps in (("masked", None), ("exact", 0), ("recipe", ATTENTION_STEPS)):
@@ -155,12 +167,12 @@ def calibration_size(b: Bench, sizes) -> None:
     """Measure block level, and the sweep after it, with more and more text."""
     for size in sizes:
         def fitted(size=size):
-            variants, _ = b.prune(SIZES_AT, "l1")
+            variants, _ = b.prune(b.uniform(SIZES_AT), "l1")
             variants, seconds, error = b.tune(variants, b.text(size), 0)
             return b.compose(variants), seconds, error
 
         def swept(size=size):
-            variants, _ = b.prune(SIZES_AT, "l1")
+            variants, _ = b.prune(b.uniform(SIZES_AT), "l1")
             composed = b.compose(b.tune(variants, b.text(), 0)[0])
             return composed, b.sweep(composed, b.text(size)), None
 
@@ -176,7 +188,7 @@ def cost(b: Bench) -> None:
     from common.t5.loss import TranslationLoss
 
     if "cost" not in b.rows:
-        text, times, pruned = b.text(), {"forward pass": [], "sweep": []}, b.prune(SIZES_AT, "l1")[0]
+        text, times, pruned = b.text(), {"forward pass": [], "sweep": []}, b.prune(b.uniform(SIZES_AT), "l1")[0]
         for _ in range(FASTEST_OF):
             began = time.perf_counter()
             with torch.no_grad():
