@@ -31,7 +31,7 @@ class Bench:
 
     def __init__(self, args, results: str = "recovery.json"):
         from common import runtime
-        from common.t5 import model, modules, network
+        from common.t5 import model, modules
         from common.text import batches, corpus
 
         self.device = runtime.setup("cpu")
@@ -40,7 +40,7 @@ class Bench:
         self.original = model.load(args.model)
         if self.rows.setdefault("model", self.original.identity) != self.original.identity:
             raise SystemExit(f"{self.results}: holds rows of another model; give another --out")
-        self.network = network.place(self.original.network, self.device)
+        self.network = self.original.network.to(self.device)
         self.corpus = cli.corpus(args, self.original)
         self.test = corpus.read_pairs(self.corpus, TEST_SET)[:args.test_sentences]
         self.test_batches = batches.Batches(self.test, self.original, 8192)
@@ -87,10 +87,10 @@ class Bench:
 
     def compose(self, variants: list):
         from common.pruning.composition import install
-        from common.t5 import model, network
+        from common.t5 import model
 
         composed = model.load(self.path)
-        network.place(composed.network, self.device)
+        composed.network.to(self.device)
         for variant in variants:
             install(composed, variant)
         return composed
