@@ -19,8 +19,8 @@ from common import cli  # noqa: E402
 
 UNITS = (0.25, 0.5, 0.75)
 # (heads, linear, hidden units), how many of the cheapest sub-layers are skipped
-MIXTURES = (((0, 0, 0), 2), ((0, 0, 0), 4), ((0, 0.5, 0.5), 0), ((0.5, 0, 0.5), 0), ((0.5, 0, 0.75), 0),
-            ((0.5, 0, 0.75), 2))
+MIXTURES = (((0, 0, 0), 2), ((0, 0, 0), 4), ((0, 0.5, 0.5), 0), ((0, 0.75, 0.5), 0), ((0.5, 0, 0.5), 0),
+            ((0.5, 0, 0.75), 0), ((0.5, 0, 0.75), 2))
 CRITERIA = ("l1", "obs")
 STEPS = ("masked", "tuned", "swept")
 KINDS = {"encoder.0": "encoder self-attention", "encoder.1": "encoder feed-forward", "decoder.0":
@@ -80,7 +80,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> None:
     """Print a table."""
     print()
     for row in (head, ["---"] * len(head), *rows):
-        print(f"| {' | '.join(row)} |")
+        print(f"| {' | '.join(row)} |".replace("%", " %"))
 
 
 def show(b: Bench, sublayers: list[str]) -> None:
@@ -91,9 +91,10 @@ def show(b: Bench, sublayers: list[str]) -> None:
     def cells(table: str, name: str, steps=STEPS) -> list[str]:
         return [cell(b.rows[table].get(f"{name}, {step}")) for step in steps]
 
-    def left(row: dict) -> str:
-        shares = [f"{part / dense['weights']:.0%}" for part in (row["weights"], row["weights"] - row["zeros"])]
-        return shares[0] if row["zeros"] < 0.01 * row["weights"] else f"{shares[0]}, {shares[1]} not zero"
+    def left(name: str) -> str:
+        rows = [row for c in CRITERIA if (row := b.rows["mixtures"].get(f"{name}, {c}, masked"))]
+        kept = ", ".join(f"{(row['weights'] - row['zeros']) / dense['weights']:.0%}" for row in rows)
+        return f"{rows[-1]['weights'] / dense['weights']:.0%}" + f" (not zero: {kept})" * any(r["zeros"] for r in rows)
 
     markdown(["hidden units removed", *(f"{c}, {s}" for c in CRITERIA for s in STEPS)],
              [[f"{rate:.0%}", *(x for c in CRITERIA for x in cells("units", f"{rate:.0%}, {c}"))] for rate in UNITS])
@@ -104,8 +105,8 @@ def show(b: Bench, sublayers: list[str]) -> None:
         rows.append([kind, *(" → ".join(cells("skipped", n, STEPS[::2])) if n else "–" for n in names)])
     markdown(["skipped: masked → swept", *(f"block {n}" for n in blocks)], rows)
     markdown(["removed", "weights left", *(f"{c}, {s}" for c in CRITERIA for s in STEPS)],
-             [[name, left(b.rows["mixtures"][f"{name}, obs, masked"]), *(x for c in CRITERIA for x in cells(
-                 "mixtures", f"{name}, {c}"))] for name in (named(*mixture) for mixture in MIXTURES)])
+             [[name, left(name), *(x for c in CRITERIA for x in cells("mixtures", f"{name}, {c}"))]
+              for name in (named(*mixture) for mixture in MIXTURES)])
 
 
 def main(argv=None) -> int:
