@@ -7,7 +7,7 @@ worst finished one.
 
 import torch
 
-from common.t5.network import T5, split_heads
+from common.t5.network import T5, additive, attend, split_heads
 
 # Caches are copied without the finished sentences when so few are left.
 _SHARE_LEFT = 0.8
@@ -15,61 +15,70 @@ _NEVER = -1.0e9
 
 
 class _Decoder:
-    """A T5's decoder, one token at a time, for sentences with ``beams`` hypotheses each."""
+    """A T5's decoder, one token at a time, for sentences with ``beams`` hypotheses each.
+
+    A sentence's keys and values stay where they were written, step by step, one slot for each hypothesis. Which of
+    them a hypothesis sees is a matter of its ancestors, so that no cache is copied when hypotheses change places.
+    """
 
     def __init__(self, network: T5, ids, mask, beams: int, limit: int):
-        self.network, self.stack, self.beams = network, network.decoder, beams
-        states, self.mask = network.encode(ids, mask)
+        self.network, self.stack, self.beams, self.seen = network, network.decoder, beams, 0
+        states, self.source_mask = network.encode(ids, mask)
         self.layers = list(self.stack.layers())
-        self.crossed, self.caches = {}, {}
+        self.crossed, self.caches, self.readers = {}, {}, {}
         for i, layer in enumerate(self.layers):
             module = layer.module
             if layer.kind == "EncDecAttention":
                 self.crossed[i] = [split_heads(part(states), module.key_value_proj_dim).contiguous()
                                    for part in (module.k, module.v)]
             elif layer.kind == "SelfAttention":
-                shape = len(ids) * beams, module.q.out_features // module.key_value_proj_dim, limit
+                self.readers[i] = torch.cat([module.q.weight, module.k.weight, module.v.weight])
+                shape = len(ids), len(self.readers[i]) // (3 * module.key_value_proj_dim), limit * beams
                 self.caches[i] = [states.new_empty(*shape, module.key_value_proj_dim) for _ in range(2)]
-        self.bias = self.stack.position_bias(limit)
-        self.seen = 0
+        self.bias = self.stack.position_bias(limit).repeat_interleave(beams, dim=3)  # of each step's slots
+        self.slots = torch.arange(beams, device=states.device)
+        self.ancestors = self.slots[:, None].expand(len(ids), beams, limit).clone()  # a hypothesis' slot at each step
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the logits (hypotheses, vocabulary) after one more token of each, (hypotheses,)."""
-        stack, at = self.stack, self.seen
-        self.seen += 1
+        stack, at, beams = self.stack, self.seen, self.beams
+        self.seen, end = at + 1, (at + 1) * beams
         states = stack.embed_tokens(tokens)
-        bias = self.bias[:, :, at:at + 1, :at + 1]
+        bias = self.bias[:, :, at:at + 1, :end]
+        if beams > 1:
+            seen = self.ancestors[:, :, :at + 1, None] == self.slots
+            bias = bias + additive(seen.flatten(2))[:, None]
         for i, layer in enumerate(self.layers):
             x, module = layer.layer_norm(states), layer.module
             if layer.kind == "DenseReluDense":
                 states = states + module(x)
                 continue
-            width = module.key_value_proj_dim
             if layer.kind == "SelfAttention":
-                q, *new = (part(x).unflatten(1, (-1, width))[:, :, None] for part in (module.q, module.k, module.v))
-                for cache, entry in zip(self.caches[i], new, strict=True):
-                    cache[:, :, at:at + 1] = entry
-                keys, values = (cache[:, :, :at + 1] for cache in self.caches[i])
-                mixed = (q @ keys.transpose(2, 3) + module.own(bias)).softmax(dim=-1) @ values
+                q, *new = (split_heads(y.unflatten(0, (-1, beams)), module.key_value_proj_dim)
+                           for y in (x @ self.readers[i].T).chunk(3, dim=1))
+                for cache, entries in zip(self.caches[i], new, strict=True):
+                    cache[:, :, end - beams:end] = entries
+                (keys, values), mask = (cache[:, :, :end] for cache in self.caches[i]), module.own(bias)
             else:
-                q = split_heads(module.q(x).unflatten(0, (-1, self.beams)), width)  # a row for each hypothesis
-                keys, values = self.crossed[i]
-                mixed = ((q @ keys.transpose(2, 3) + self.mask).softmax(dim=-1) @ values).transpose(1, 2)
-            states = states + module.o(mixed.reshape(len(x), -1))
+                q = split_heads(module.q(x).unflatten(0, (-1, beams)), module.key_value_proj_dim)
+                (keys, values), mask = self.crossed[i], self.source_mask
+            states = states + module.o(attend(q, keys, values, mask).flatten(0, 1))
         return self.network.head(stack.final_layer_norm(states))
 
     def keep(self, sentences: torch.Tensor) -> None:
         """Go on with these sentences alone."""
-        self.mask = self.mask[sentences]
+        self.source_mask, self.ancestors = self.source_mask[sentences], self.ancestors[sentences]
         self.crossed = {i: [x[sentences] for x in pair] for i, pair in self.crossed.items()}
-        self.choose((sentences[:, None] * self.beams + torch.arange(self.beams, device=sentences.device)).flatten())
-
-    def choose(self, hypotheses: torch.Tensor) -> None:
-        """Go on with these hypotheses, which may repeat."""
+        end = self.seen * self.beams
         for pair in self.caches.values():
             for n, cache in enumerate(pair):
-                pair[n] = cache.new_empty(len(hypotheses), *cache.shape[1:])
-                pair[n][:, :, :self.seen] = cache[hypotheses, :, :self.seen]
+                pair[n] = cache.new_empty(len(sentences), *cache.shape[1:])
+                pair[n][:, :, :end] = cache[sentences, :, :end]
+
+    def choose(self, origin: torch.Tensor) -> None:
+        """Go on with these hypotheses of each sentence, (sentences, beams), which may repeat."""
+        self.ancestors[:, :, :self.seen] = self.ancestors[:, :, :self.seen].gather(
+            1, origin[:, :, None].expand(-1, -1, self.seen))
 
 
 @torch.no_grad()
@@ -87,7 +96,7 @@ def decode(network: T5, input_ids: torch.Tensor, attention_mask: torch.Tensor, l
 
 
 def _greedy(decoder: _Decoder, config, count: int, limit: int) -> list[list[int]]:
-    tokens = torch.full((count,), config.decoder_start_token_id, device=decoder.mask.device)
+    tokens = torch.full((count,), config.decoder_start_token_id, device=decoder.source_mask.device)
     made = tokens.new_full((count, limit), config.eos_token_id)
     rows = torch.arange(count, device=tokens.device)  # the sentence of each row
     for at in range(limit):
@@ -108,14 +117,14 @@ def _until(ids: list[int], end: int) -> list[int]:
 
 
 def _beam_search(decoder: _Decoder, config, count: int, limit: int) -> list[list[int]]:
-    beams, end, device = decoder.beams, config.eos_token_id, decoder.mask.device
+    beams, end, device = decoder.beams, config.eos_token_id, decoder.source_mask.device
     rows = torch.arange(count, device=device)
     tokens = torch.full((count * beams,), config.decoder_start_token_id, device=device)
     worth = torch.full((count, beams), _NEVER, device=device)  # sums of log-probabilities of open hypotheses
     worth[:, 0] = 0.0
     texts = torch.full((count, beams, limit), end, device=device)
     best, best_texts = torch.full((count, beams), _NEVER, device=device), texts.clone()  # finished ones
-    result = texts[:, 0].clone()
+    result, closed = texts[:, 0].clone(), torch.zeros(count, dtype=torch.bool, device=device)
     for at in range(limit):
         logits = decoder.step(tokens)
         # A sentence's likeliest continuations are among each hypothesis' likeliest.
@@ -137,14 +146,15 @@ def _beam_search(decoder: _Decoder, config, count: int, limit: int) -> list[list
         worth, order = torch.where(over, _NEVER, found).topk(beams, dim=1)
         texts = candidates.gather(1, order[:, :, None].expand(-1, -1, limit))
         tokens, origin = ids.gather(1, order).flatten(), origin.gather(1, order)
-        decoder.choose((origin + torch.arange(len(rows), device=device)[:, None] * beams).flatten())
-        done = worth[:, 0] / (at + 1) <= best.min(dim=1).values
-        result[rows] = best_texts[:, 0]
-        left = (~done).nonzero()[:, 0]
-        if not len(left) or at == limit - 1:
+        decoder.choose(origin)
+        result[rows] = torch.where(closed[:, None], result[rows], best_texts[:, 0])
+        closed = closed | (worth[:, 0] / (at + 1) <= best.min(dim=1).values)
+        left = (~closed).nonzero()[:, 0]
+        if not len(left):
             break
-        if len(left) < len(rows):
-            rows, worth, texts, best, best_texts = (x[left] for x in (rows, worth, texts, best, best_texts))
+        if len(left) <= _SHARE_LEFT * len(rows):
+            rows, closed, worth, texts, best, best_texts = (
+                x[left] for x in (rows, closed, worth, texts, best, best_texts))
             tokens = tokens.view(-1, beams)[left].flatten()
             decoder.keep(left)
     return [_until(row, end) for row in result.tolist()]

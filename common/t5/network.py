@@ -125,7 +125,7 @@ class Norm(nn.Module):
         self.weight, self.epsilon = nn.Parameter(torch.empty(config.d_model)), config.layer_norm_epsilon
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon))
 
 
 def split_heads(x: torch.Tensor, width: int) -> torch.Tensor:
