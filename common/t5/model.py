@@ -135,8 +135,9 @@ def save(path: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
         else:
             first[id(p)] = name
             weights[name] = p.detach().to("cpu", torch.float32).contiguous()
-    for name, mask in model.masks.items():
-        assert not weights[name][~mask].any(), f"{name} has weights outside its mask"
+    kept = {name: weights[name][mask] for name, mask in model.masks.items()}
+    for name, w in kept.items():
+        assert w.count_nonzero() == weights[name].count_nonzero(), f"{name} has weights outside its mask"
     content = {
         "format": FORMAT, "version": VERSION if dtype in HALF_TYPES else 2,
         "config": to_json(network.config.to_dict()), "tokenizer": model.tokenizer_json,
@@ -145,7 +146,7 @@ def save(path: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
         "masks": {name: pack_mask(mask) for name, mask in sorted(model.masks.items())},
     }
     model.identity = content["identity"] = _identity(content)
-    weights |= {name: weights[name][mask] for name, mask in model.masks.items()}
+    weights |= kept
     content["weights"] = {name: w.to(dtype) for name, w in weights.items()}
     assert dtype not in HALF_TYPES or all(
         torch.equal(w.float(), weights[name]) for name, w in content["weights"].items()), f"not rounded to {dtype}"
@@ -208,7 +209,7 @@ def load(path: Path) -> Model:
     parameters = {name: torch.nn.Parameter(t) for name, t in weights.items()}
     state = parameters | {name: parameters[of] for name, of in aliases.items()}
     check([name for name in shapes if shapes[name] != state[name].shape])
-    not_finite = [name for name, t in weights.items() if not torch.isfinite(t).all()]
+    not_finite = [name for name, t in weights.items() if not torch.isfinite(torch.stack(t.aminmax())).all()]
     if not_finite:
         raise UserError(f"{path}: weights that are not finite: {', '.join(not_finite[:3])}")
     network.load_state_dict(state, assign=True)

@@ -117,6 +117,23 @@ class Config:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
+class Linear(nn.Linear):
+    """A matrix whose values come from a file: drawing them on the meta device imports torch's compiler for 4 s."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self):
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Likewise."""
+
+    def reset_parameters(self):
+        pass
+
+
 class Norm(nn.Module):
     """Divides by the root mean square and multiplies by a weight (Zhang & Sennrich 2019)."""
 
@@ -166,13 +183,13 @@ class Attention(nn.Module):
     def __init__(self, config: Config, has_position_bias: bool):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q, self.k, self.v = (Linear(config.d_model, inner) for _ in range(3))
+        self.o = Linear(inner, config.d_model)
         self.key_value_proj_dim = config.d_kv
         self.register_buffer("heads", None, persistent=False)
         self.dropout = nn.Dropout(config.dropout_rate)
         if has_position_bias:
-            self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+            self.relative_attention_bias = Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x, source, bias):
         q, k, v = (split_heads(part(y), self.key_value_proj_dim)
@@ -190,8 +207,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         for name in ("wi_0", "wi_1") if config.is_gated_act else ("wi",):
-            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+            setattr(self, name, Linear(config.d_model, config.d_ff))
+        self.wo = Linear(config.d_ff, config.d_model)
         self.act, self.dropout = ACTIVATIONS[config.dense_act_fn], nn.Dropout(config.dropout_rate)
 
     def forward(self, x):
@@ -240,7 +257,7 @@ class Stack(nn.Module):
 
     def __init__(self, config: Config, kinds: tuple[str, ...], depth: int):
         super().__init__()
-        self.embed_tokens, self.config = nn.Embedding(config.vocab_size, config.d_model), config
+        self.embed_tokens, self.config = Embedding(config.vocab_size, config.d_model), config
         self.block = nn.ModuleList(Block(config, kinds, has_position_bias=i == 0) for i in range(depth))
         self.final_layer_norm, self.dropout = Norm(config), nn.Dropout(config.dropout_rate)
         self.causal, self.cut_positions = "EncDecAttention" in kinds, None
@@ -286,10 +303,10 @@ class T5(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.shared = config, nn.Embedding(config.vocab_size, config.d_model)
+        self.config, self.shared = config, Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, ("SelfAttention", "DenseReluDense"), config.num_layers)
         self.decoder = Stack(config, (*ATTENTIONS, "DenseReluDense"), config.num_decoder_layers)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size)
         for user in (self.encoder.embed_tokens, self.decoder.embed_tokens, self.lm_head):
             user.weight = self.shared.weight
 
