@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from common.errors import UserError
+from common.t5 import config as configs
 from common.t5 import model
+from common.t5 import network as networks
 from common.t5.folder import load_folder
-from common.t5.network import build_network
+from common.t5.network import Dropout, build_network
 from tests.small import logits_of, save_folder
 
 BARE = {"model_type": "t5", "d_model": 8, "d_kv": 2, "d_ff": 8, "num_heads": 2, "num_layers": 1, "vocab_size": 9}
@@ -74,3 +76,27 @@ def test_a_configuration_that_describes_no_t5_is_refused_with_the_whole_reason(c
 def test_a_network_is_built_without_memory():
     network = build_network(BARE | {"d_model": 1 << 16, "d_ff": 1 << 20, "num_layers": 8})
     assert all(p.device.type == "meta" for p in network.parameters())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_the_share_p_at_random_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(301, 1003, requires_grad=True)
+    y = Dropout(p)(x)
+    dropped = y == 0
+    assert float(dropped.double().mean()) == pytest.approx(p, abs=0.003)
+    torch.testing.assert_close(y[~dropped], torch.full_like(y[~dropped], 1 / (1 - p)))
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    for dim in (0, 1):  # no row or column stands out
+        assert float((dropped.double().mean(dim=dim) - p).abs().max()) < 0.15
+    assert not torch.equal(Dropout(p)(x), y)
+
+
+def test_dropout_of_0_and_in_evaluation_changes_nothing():
+    x = torch.randn(3, 5)
+    assert torch.equal(Dropout(0.0)(x), x) and torch.equal(Dropout(0.5).eval()(x), x)
+
+
+def test_every_activation_that_a_configuration_may_name_is_there():
+    assert tuple(networks.ACTIVATIONS) == configs.ACTIVATIONS
