@@ -1,5 +1,7 @@
 """Configurations, {module: rate}: which fraction of each module of a model is removed."""
 
+import math
+from fractions import Fraction
 from pathlib import Path
 
 from common.errors import UserError, brief, refuse
@@ -13,6 +15,38 @@ def uniform(kinds: dict[str, str], attention: float, linear: float, feed_forward
     """Return the configuration that prunes every module at its kind's rate; feed-forwards at 0 are left out."""
     rates = {"attention": attention, "linear": linear} | ({"feed-forward": feed_forward} if feed_forward else {})
     return {name: rates[kind] for name, kind in kinds.items() if kind in rates}
+
+
+def removed_count(rate: float, count: int) -> int:
+    """Return rate × count, rounded half up: how many of ``count`` things a pruning rate removes.
+
+    The rate is taken as the decimal number the user wrote: 0.145 of 1,000 is 145, though the nearest binary
+    fraction lies below.
+    """
+    return math.floor(Fraction(repr(float(rate))) * count + Fraction(1, 2))
+
+
+def check_removed(rate: float, count: int, what: str = "heads") -> int:
+    """Return how many of ``count`` heads or units a rate removes, or raise `UserError` if one below 1 removes all."""
+    removed = removed_count(rate, count)
+    if removed >= count and rate < 1:
+        raise UserError(f"pruning rate {rate:g} removes all {count} {what}; the highest that leaves one is below "
+                        f"{(count - 0.5) / count:g}, and 1 skips the sub-layer")
+    return removed
+
+
+def check_rates(configuration: Configuration, present: dict[str, int], where: str) -> None:
+    """Raise `UserError` if a rate below 1 would remove every head of an attention, or unit of a feed-forward.
+
+    Args:
+        present: how many each has, `common.t5.header.Header.present`.
+    """
+    for name, rate in configuration.items():
+        if name in present:
+            try:
+                check_removed(rate, present[name], "heads" if kind_of(name) == "attention" else "units")
+            except UserError as error:
+                raise UserError(f"{where}: {name}: {error}") from None
 
 
 def rate_problem(name: str, value) -> str | None:

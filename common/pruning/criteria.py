@@ -3,24 +3,12 @@
 A mask is a bool tensor of the weight's shape, True where the weight is kept.
 """
 
-import math
-from fractions import Fraction
-
 import torch
 
-from common.errors import UserError
 from common.least_squares import solve
+from common.pruning.configurations import check_removed, removed_count
 
 OBS_KEPT = 0.85  # with 0.67, 4 steps to 80 % instead of 10, a composed model's loss is higher by 0.014
-
-
-def removed_count(rate: float, count: int) -> int:
-    """Return rate × count, rounded half up: how many of ``count`` things a pruning rate removes.
-
-    The rate is taken as the decimal number the user wrote: 0.145 of 1,000 is 145, though the nearest binary
-    fraction lies below.
-    """
-    return math.floor(Fraction(repr(float(rate))) * count + Fraction(1, 2))
 
 
 def removed_of(rate: float, present: torch.Tensor) -> int:
@@ -167,15 +155,6 @@ def structure_mask(scores: torch.Tensor, rate: float, present: torch.Tensor, wha
     """
     check_removed(rate, int(present.sum()), what)
     return smallest_removed(torch.where(present, scores, -1.0), removed_of(rate, present))
-
-
-def check_removed(rate: float, count: int, what: str = "heads") -> int:
-    """Return how many of ``count`` heads or units a rate removes, or raise `UserError` if one below 1 removes all."""
-    removed = removed_count(rate, count)
-    if removed >= count and rate < 1:
-        raise UserError(f"pruning rate {rate:g} removes all {count} {what}; the highest that leaves one is below "
-                        f"{(count - 0.5) / count:g}, and 1 skips the sub-layer")
-    return removed
 
 
 def attention_masks(heads_kept: torch.Tensor, q: torch.Tensor, o_mask: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from common.errors import UserError
 from common.pruning import criteria
 from common.pruning.bank import Variant
-from common.pruning.configurations import Configuration
+from common.pruning.configurations import check_removed
 from common.pruning.scheme import Scheme
 from common.t5.model import Model
 from common.t5.modules import HEAD_PARTS, UNIT_PARTS, kind_of, members
@@ -37,18 +37,6 @@ def units_present(model: Model, feed_forward: str) -> torch.Tensor:
     """Return which hidden units of a feed-forward are there, (units,) bool: those that wo reads and wi makes."""
     made = [present(model, name).any(dim=1) for name in unit_parts(model, feed_forward)]
     return torch.stack([*made, present(model, f"{feed_forward}.wo.weight").any(dim=0)]).all(dim=0)
-
-
-def check_rates(configuration: Configuration, model: Model, where: str) -> None:
-    """Raise `UserError` if a rate below 1 would remove every head of an attention, or unit of a feed-forward."""
-    for name, rate in configuration.items():
-        try:
-            if kind_of(name) == "attention":
-                criteria.check_removed(rate, int(heads_present(model, name).sum()), "heads")
-            elif kind_of(name) == "feed-forward":
-                criteria.check_removed(rate, int(units_present(model, name).sum()), "units")
-        except UserError as error:
-            raise UserError(f"{where}: {name}: {error}") from None
 
 
 @torch.no_grad()
@@ -110,7 +98,7 @@ def _prune_attention(model, block, variants, gram, _):
 def _prune_feed_forward(model, block, variants, gram, stream_gram):
     there, wo = units_present(model, block), f"{block}.wo.weight"
     readers, at = unit_parts(model, block), members(block).index
-    counts = {rate: criteria.check_removed(rate, int(there.sum()), "units") for rate in {r[0] for r in variants}}
+    counts = {rate: check_removed(rate, int(there.sum()), "units") for rate in {r[0] for r in variants}}
     if gram is None:
         scores = criteria.unit_scores([*(model.network.get_parameter(n).detach() for n in readers),
                                        model.network.get_parameter(wo).detach().T])

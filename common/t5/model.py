@@ -32,11 +32,11 @@ from common.errors import UserError, brief
 from common.files.archive import all_plain, is_text, load_sealed, save_sealed
 from common.files.jsonfile import parse_json, to_json
 from common.files.provenance import is_provenance
+from common.t5.header import FORMAT
 from common.t5.modules import prunable, weight_names
 from common.t5.network import build_network, sparsity
 from common.text.corpus import LANGUAGE
 
-FORMAT = "composable-pruning model"
 VERSION = 3
 HALF_TYPES = torch.float16, torch.bfloat16
 

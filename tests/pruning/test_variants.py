@@ -5,7 +5,7 @@ from common.errors import UserError
 from common.pruning import composition
 from common.pruning.configurations import uniform
 from common.pruning.criteria import head_mask_by_output, magnitude_mask, obs_masks, removed_count
-from common.pruning.variants import check_rates, heads_present, prune_block, prune_scheme, prune_scheme_by_obs
+from common.pruning.variants import heads_present, prune_block, prune_scheme, prune_scheme_by_obs
 from common.t5.model import Model
 from common.t5.modules import prunable
 from tests.small import Text, scheme_of, seen_by_hooks, small_network, write_bank
@@ -97,9 +97,6 @@ def test_an_o_alone_counts_the_weights_that_are_left(again):
 
 def test_a_rate_that_removes_all_heads_that_are_left_is_refused(again):
     model, _ = again
-    check_rates({ATTENTION: 0.8, f"{ATTENTION}.o": 0.95, WI: 0.99}, model, "configuration 0")
-    with pytest.raises(UserError, match=rf"^configuration 0: {ATTENTION}: pruning rate 0.9 removes all 4 heads"):
-        check_rates({ATTENTION: 0.9}, model, "configuration 0")
     with pytest.raises(UserError, match=rf"^{ATTENTION}: pruning rate 0.9 removes all 4 heads"):
         next(prune_block(model, ATTENTION, [(0.9, 0.0)]))
 
@@ -108,8 +105,6 @@ def test_one_head_can_lose_weights_but_not_itself():
     model = Model(small_network(num_heads=1), "")
     kept = next(prune_block(model, ATTENTION, [(0.25, 0.5)])).masks
     assert kept[f"{ATTENTION}.q.weight"].all() and int(kept[f"{ATTENTION}.o.weight"].sum()) == 8 * 32 // 2
-    with pytest.raises(UserError, match="removes all 1 heads"):
-        check_rates({ATTENTION: 0.5}, model, "here")
 
 
 @pytest.mark.parametrize("changes", [{"d_ff": 1}, {"d_model": 1, "d_kv": 1}])

@@ -1,0 +1,106 @@
+"""What a model file says of itself, read in a tenth of a second: neither torch nor its weights are touched.
+
+So it is not checked whether the weights are whole; whoever uses them reads the file with `common.t5.model.load`.
+"""
+
+import pickle
+import zipfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError, reason
+from common.files.atomic import file_problem
+from common.files.jsonfile import parse_json
+from common.t5.config import Config
+from common.t5.modules import UNIT_PARTS, kind_of
+
+FORMAT = "composable-pruning model"
+
+
+@dataclass
+class Header:
+    """The configuration, the kinds of the prunable modules, and how many heads or hidden units each still has.
+
+    Attributes:
+        kinds: {module: kind}, in the network's order.
+        present: {attention or feed-forward: number}; a model that was pruned before has fewer than its configuration.
+    """
+
+    config: Config
+    kinds: dict[str, str]
+    present: dict[str, int]
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a model file.
+
+    Raises:
+        UserError: the file is missing, foreign or damaged where it was read.
+    """
+    problem = file_problem(path)
+    if problem:
+        raise UserError(problem)
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type or entry.file_size > size for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+            folder = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+            with archive.open(f"{folder}data.pkl") as file:
+                content = _Unpickler(file).load()
+            if content.get("format") == FORMAT:
+                return _header(content, lambda key: archive.read(f"{folder}data/{key}"), path)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and pickle raise many kinds for a file that is none
+        raise UserError(f"{path}: is not a model file of this toolkit, or is truncated "
+                        f"({reason(error, 120)})") from None
+    raise UserError(f"{path}: is not a model file of this toolkit; download_model.py makes one")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of plain values, and of tensors the key and the number of their stored values; nothing else is let in."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, *_: storage
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise pickle.UnpicklingError(f"it names {module}.{name}"[:100])
+
+    def persistent_load(self, saved):
+        _, _, key, _, count = saved
+        return key, count
+
+
+def _header(content: dict, read, path: Path) -> Header:
+    config = Config.read(parse_json(content["config"].encode(), f"{path}: config"), str(path))
+    kinds, present = {}, {}
+    for name in content["weights"]:
+        module = name.removesuffix(".weight")
+        for found in (module.rpartition(".")[0], module):
+            if kind_of(found):
+                kinds.setdefault(found, kind_of(found))
+
+    def mask(name: str, *shape: int) -> np.ndarray:
+        if name not in content["masks"]:
+            return np.ones(shape, dtype=bool)
+        bits = np.frombuffer(read(content["masks"][name][0]), dtype=np.uint8)
+        return np.unpackbits(bits, count=prod(shape)).view(bool).reshape(shape)
+
+    for name, kind in kinds.items():
+        if kind == "attention":
+            q = mask(f"{name}.q.weight", config.num_heads, config.d_kv * config.d_model)
+            present[name] = int(q.any(axis=1).sum())
+        elif kind == "feed-forward":
+            units = mask(f"{name}.wo.weight", config.d_model, config.d_ff).any(axis=0)
+            for part in UNIT_PARTS:
+                if f"{name}.{part}" in kinds:
+                    units &= mask(f"{name}.{part}.weight", config.d_ff, config.d_model).any(axis=1)
+            present[name] = int(units.sum())
+    return Header(config, kinds, present)

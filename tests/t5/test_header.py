@@ -1,0 +1,65 @@
+"""A header says what the whole model file says, and reads no foreign object."""
+
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from common.errors import UserError
+from common.pruning.variants import heads_present, units_present
+from common.t5 import model as models
+from common.t5.header import read_header
+from common.t5.modules import prunable
+from tests.small import ROOT
+
+
+@pytest.mark.parametrize("name", ["origin.pth", "pruned.pth"])
+def test_it_says_what_the_model_says(made, name):
+    model, header = models.load(made / name), read_header(made / name)
+    assert header.config == model.network.config
+    assert list(header.kinds.items()) == list(prunable(model.network).items())
+    assert header.present == {
+        module: int((heads_present if kind == "attention" else units_present)(model, module).sum())
+        for module, kind in header.kinds.items() if kind != "linear"}
+    assert len(set(header.present.values())) == (2 if name == "origin.pth" else len(set(header.present.values())))
+
+
+def test_it_needs_no_torch(made):
+    code = ("import sys; from pathlib import Path; from common.t5.header import read_header; "
+            "read_header(Path(sys.argv[1])); assert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code, made / "origin.pth"], check=True, cwd=ROOT)
+
+
+def test_a_file_that_is_none_or_cut_off_is_refused(made, tmp_path):
+    path = tmp_path / "m.pth"
+    whole = (made / "origin.pth").read_bytes()
+    for content in (b"", b"text", whole[:1000], whole[:-200]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="m.pth: "):
+            read_header(path)
+    with pytest.raises(UserError, match="no.pth"):
+        read_header(tmp_path / "no.pth")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize("content", [Evil(), {"format": "another"}, [1], {"format": "composable-pruning model"}], ids=str)
+def test_foreign_content_is_refused_and_not_run(tmp_path, capsys, content):
+    path = tmp_path / "m.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(content))
+    with pytest.raises(UserError, match="is not a model file of this toolkit"):
+        read_header(path)
+    assert not capsys.readouterr().out
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"0" * 1000000)
+    with pytest.raises(UserError, match="it is compressed"):
+        read_header(tmp_path / "m.pth")
