@@ -221,6 +221,7 @@ class Parsers:
         from common.pruning import bank, composition, configurations, variants
         from common.pruning import scheme as schemes
         from common.t5 import model as models
+        from common.t5.header import read_header
         from common.t5.network import build_network
 
         origin = models.load(made / "origin.pth")
@@ -228,7 +229,7 @@ class Parsers:
                 {"decoder.block.0.layer.1.EncDecAttention.o": 0.25}]
         told = {"stage": "x", "arguments": {"a": 1}, "inputs": {"m": {"file": "f", "sha256": "", "provenance": {}}}}
         self.paths = {"configuration": folder / "conf.json", "scheme": folder / "scheme.json",
-                      "bank": folder / "bank.npy", "model": folder / "model.pth",
+                      "bank": folder / "bank.npy", "model": folder / "model.pth", "header": folder / "header.pth",
                       "checkpoint": folder / "cp" / "checkpoint.pth"}
         (folder / "conf.json").write_text(json.dumps(conf))
         schemes.write_scheme(folder / "scheme.json", schemes.make_scheme(conf), told)
@@ -243,7 +244,8 @@ class Parsers:
             for variant in variants.prune_scheme(tiny, schemes.make_scheme(conf)):
                 writer.add(variant)
                 composition.install(tiny, variant)
-        models.save(folder / "model.pth", tiny)
+        for name in ("model.pth", "header.pth"):
+            models.save(folder / name, tiny)
         train_toy(folder, epochs=1)
         self.samples = {kind: path.read_bytes() for kind, path in self.paths.items()}
 
@@ -261,11 +263,13 @@ class Parsers:
         self.parsers = {
             "configuration": lambda: schemes.make_scheme(configurations.read_configurations(folder / "conf.json")),
             "scheme": lambda: ancestry(schemes.read_scheme(folder / "scheme.json")[1]), "bank": read_bank,
-            "checkpoint": lambda: train_toy(folder, resume=True), "model": read_model}
+            "checkpoint": lambda: train_toy(folder, resume=True), "model": read_model,
+            "header": lambda: read_header(folder / "header.pth")}
 
     def mutate(self, kind: str, rng) -> bytes:
         """Return a mutant of the kind's sample."""
-        change = {"bank": mutate_bank, "checkpoint": mutate_sealed, "model": mutate_sealed}.get(kind, mutate_json)
+        change = {"bank": mutate_bank, "checkpoint": mutate_sealed, "model": mutate_sealed,
+                  "header": mutate_sealed}.get(kind, mutate_json)
         return change(self.samples[kind], rng)
 
     def outcome(self, kind: str, mutant: bytes) -> str | None:
