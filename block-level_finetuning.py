@@ -13,7 +13,7 @@ so that variants learn to work together. The flags under "training" are for the 
 import sys
 from pathlib import Path
 
-from common import cli
+from common import cli, distributed
 from common.errors import UserError
 from common.files.atomic import check_inputs, check_outputs, outputs
 
@@ -95,7 +95,7 @@ def main(argv=None) -> int:
             args.overwrite, args.output, args.stats, variants):
         from common import runtime
         from common.files.atomic import digest, write_bytes
-        from common.files.provenance import provenance
+        from common.files.provenance import hashes, provenance
         from common.pruning import bank
         from common.pruning.configurations import read_configurations
         from common.t5 import model
@@ -117,6 +117,7 @@ def main(argv=None) -> int:
         train = training_text(corpus, origin, seed=args.seed)
         valid = validation_text(corpus, origin)
         inputs |= {"training text": train.as_input(), "validation text": valid.as_input()}
+        distributed.check_same(hashes(inputs))
         with bank.create(args.output, origin.identity, opened.scheme, args.solver,
                          provenance("block-level_finetuning.py", vars(args), inputs)) as writer:
             if by_gradient:

@@ -10,7 +10,7 @@ re-fits its modules to the inputs that they receive in it. Writes a model file.
 
 import sys
 
-from common import cli
+from common import cli, distributed
 from common.files.atomic import check_inputs, outputs
 
 
@@ -28,7 +28,7 @@ def main(argv=None) -> int:
     check_inputs(args.model, args.bank, args.configurations)
     with outputs(args.overwrite, args.output):
         from common import runtime
-        from common.files.provenance import provenance
+        from common.files.provenance import hashes, provenance
         from common.pruning import composition
         from common.t5 import model
         from common.text.batches import calibration_text
@@ -40,6 +40,7 @@ def main(argv=None) -> int:
             device = runtime.setup(args.device)
             text = calibration_text(cli.corpus(args, composed), composed)
             inputs["calibration text"] = text.as_input()
+            distributed.check_same(hashes(inputs))
             recalibrate_composed(model.load(args.model), composed, bank, text, device)
             how = f"tuned ({bank.tuned}), recalibrated"
         composed.provenance = provenance("compose_model.py", vars(args), inputs)

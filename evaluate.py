@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from common import cli, plots
+from common import cli, distributed, plots
 from common.files.atomic import check_inputs, outputs
 
 BATCH_TOKENS = 8192
@@ -86,8 +86,9 @@ def evaluate(path: Path, args, device) -> dict:
     corpus = cli.corpus(args, loaded)
     pairs = read_pairs(corpus, args.test_set)
     small = shrink(loaded).to(device)
-    valid = loss.evaluate(loss.TranslationLoss(small), validation_text(corpus, loaded, BATCH_TOKENS), device)
-    text = Batches(pairs, loaded, BATCH_TOKENS)
+    checked, text = validation_text(corpus, loaded, BATCH_TOKENS), Batches(pairs, loaded, BATCH_TOKENS)
+    distributed.check_same({"model": loaded.identity, "validation text": checked.sha256, "test set": text.sha256})
+    valid = loss.evaluate(loss.TranslationLoss(small), checked, device)
     made = translate(replace(loaded, network=small), text, device, args.num_beams, args.max_new_tokens)
     scores = score(made.texts, [target for _, target in pairs], loaded.target, args.lowercase)
     parameters, zeros = network.sparsity(loaded.network)

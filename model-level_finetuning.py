@@ -10,7 +10,7 @@ model with the best validation loss (the composed one itself, if training does n
 
 import sys
 
-from common import cli
+from common import cli, distributed
 from common.files.atomic import check_inputs
 
 
@@ -32,6 +32,7 @@ def main(argv=None) -> int:
     check_inputs(args.model, args.bank, args.configurations)
     with cli.training_outputs(args):
         from common import runtime
+        from common.files.provenance import hashes
         from common.pruning import composition
         from common.t5 import model
         from common.text.batches import calibration_text, training_text, validation_text
@@ -43,14 +44,15 @@ def main(argv=None) -> int:
         composed, bank, inputs = composition.from_files(args.model, args.bank, args.configurations, args.number)
         corpus, options = cli.corpus(args, composed), cli.fit_options(args)
         valid = validation_text(corpus, composed)
+        train = training_text(corpus, composed, args.batch_tokens, args.seed)
+        distributed.check_same(hashes(inputs | {"training text": train.as_input()}))
         original, spent = model.load(args.model), 0.0
         if not args.no_recalibration and not can_resume(options):  # a checkpoint holds what the sweep has made
             spent = recalibrate_composed(original, composed, bank, calibration_text(corpus, composed, args.seed),
                                          device, valid, args.target_loss)
         result = finetune(
             "model-level_finetuning.py", vars(args), composed, inputs,
-            training_text(corpus, composed, args.batch_tokens, args.seed), valid, options, args.output, device,
-            original if args.distillation else None, spent)
+            train, valid, options, args.output, device, original if args.distillation else None, spent)
     print(f"{args.output}: {result}; {model.mask_report(composed)}")
     cli.next_step(("evaluate.py", "-m", args.output), ("plot_loss.py", args.stats))
     return 0

@@ -12,7 +12,7 @@ first variant. A model that was pruned before loses more: rates count what it st
 import sys
 from pathlib import Path
 
-from common import cli
+from common import cli, distributed
 from common.files.atomic import check_inputs, outputs
 
 
@@ -36,7 +36,7 @@ def main(argv=None) -> int:
     check_inputs(args.model, args.scheme)
     with outputs(args.overwrite, args.output, args.pruned_model):
         from common import runtime
-        from common.files.provenance import provenance
+        from common.files.provenance import hashes, provenance
         from common.pruning import bank, composition, variants
         from common.pruning.configurations import check_modules
         from common.pruning.scheme import modules_of, read_scheme, scheme_digest
@@ -44,6 +44,7 @@ def main(argv=None) -> int:
         from common.t5.modules import prunable
         from common.text.batches import calibration_text
 
+        device = runtime.setup(args.device)
         scheme, scheme_origin = read_scheme(args.scheme)
         origin = model.load(args.model)
         check_modules(modules_of(scheme), prunable(origin.network), args.scheme)
@@ -51,13 +52,13 @@ def main(argv=None) -> int:
         inputs = {"model": (args.model, origin.identity, origin.provenance),
                   "scheme": (args.scheme, digest, scheme_origin)}
         if args.criterion == "obs":
-            device = runtime.setup(args.device)
             text = calibration_text(cli.corpus(args, origin), origin)
             inputs["calibration text"] = text.as_input()
             origin.network.to(device)
             made = variants.prune_scheme_by_obs(origin, scheme, text, device)
         else:
             made = variants.prune_scheme(origin, scheme)
+        distributed.check_same(hashes(inputs))
         told = provenance("prune.py", vars(args), inputs)
         kept = weights = 0
         with bank.create(args.output, origin.identity, digest, None, told) as writer:
@@ -65,6 +66,7 @@ def main(argv=None) -> int:
                 writer.add(variant)
                 kept += sum(int(m.sum()) for m in variant.masks.values())
                 weights += sum(m.numel() for m in variant.masks.values())
+        distributed.gather(None)  # the first process has written it
         print(f"{args.output}: {sum(map(len, scheme.values()))} variants of {len(scheme)} blocks, "
               f"{1 - kept / weights:.1%} of their weights removed, {args.output.stat().st_size / 1e6:.1f} MB")
         if args.pruned_model:

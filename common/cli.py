@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from common import runtime  # noqa: F401 - its import sets OpenMP's waiting, before torch is imported
+from common import distributed, runtime  # noqa: F401 - its import sets OpenMP's waiting, before torch is imported
 from common.errors import Interrupted, UserError
 from common.files.atomic import check_outputs, locked
 
@@ -23,16 +23,20 @@ def run(main) -> int:
     """Call ``main()`` and turn what users can mend into one message and an exit code.
 
     0 success; 2 bad input, a full disk, too little memory; 130 and 143 after SIGINT and SIGTERM. Anything
-    else is a bug and keeps its traceback.
+    else is a bug and keeps its traceback. Of several processes one speaks.
     """
     _utf8_mode()
     prog = Path(sys.argv[0]).name
 
     def fail(message: str, code: int) -> int:
         # Names out of a foreign file may hold control characters that a terminal obeys.
-        shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
-        with contextlib.suppress(OSError):  # nobody reads our complaints any more
-            print(f"{prog}: {shown}", file=sys.stderr)
+        nonlocal ending
+        ending = True
+        message = distributed.tell_once(message)
+        if message is not None:
+            shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+            with contextlib.suppress(OSError):  # nobody reads our complaints any more
+                print(f"{prog}: {shown}", file=sys.stderr)
         return code
 
     ending = False  # the first signal, or the end of the work, is told; one that comes then changes nothing
@@ -56,7 +60,12 @@ def run(main) -> int:
         for argument in sys.argv[1:]:
             if not _utf8(argument):
                 raise UserError(f"{ascii(argument)}: an argument that is not valid UTF-8")
-        code = main()
+        if distributed.finished():
+            return 0
+        with distributed.silence():
+            code = main()
+        distributed.finish()
+        distributed.stop()
         with contextlib.suppress(BrokenPipeError):
             if sys.stdout:
                 sys.stdout.flush()  # a full disk behind `> file` is found here
@@ -64,7 +73,6 @@ def run(main) -> int:
     except UserError as error:
         return fail(f"error: {error}", 2)
     except Interrupted as error:
-        ending = True
         return fail(str(error), 128 + error.signum)
     except BrokenPipeError:
         return 141  # the reader of our output left (`… | head`): nobody is there to complain to
@@ -266,7 +274,12 @@ def fit_options(args, **changes):
     from common.training.loop import FitOptions
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(FitOptions) if hasattr(args, f.name)}
-    return FitOptions(**given, checkpoint=checkpoint_folder(args), **changes)
+    return FitOptions(**given | {"resume": resumes(args)}, checkpoint=checkpoint_folder(args), **changes)
+
+
+def resumes(args) -> bool:
+    """Tell whether a training goes on from its checkpoint: if asked to, or after a restart by torchrun."""
+    return args.resume or distributed.restarted()
 
 
 def corpus(args, model):
@@ -291,11 +304,13 @@ def training_outputs(args, *more: Path):
     folder = checkpoint_folder(args)
 
     def check():
+        if not distributed.first():
+            return
         started = (folder / "checkpoint.pth").exists()
         check_outputs(args.overwrite, args.output)
         check_outputs(True, args.output, args.stats, *more)
-        check_outputs(args.overwrite or (args.resume and started), args.stats, *more)
-        if started and not (args.resume or args.overwrite):
+        check_outputs(args.overwrite or (resumes(args) and started), args.stats, *more)
+        if started and not (resumes(args) or args.overwrite):
             raise UserError(f"{folder}: holds the checkpoint of an interrupted run; add --resume to go on with it, or "
                             "--overwrite to start anew")
 

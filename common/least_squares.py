@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common import distributed
+
 DAMPING = 1e-4  # of the mean diagonal; up to 1e-2 makes no difference in the third digit of a composed model's loss
 TOLERANCE = 1e-3  # of the residual's norm, row by row; below it the error does not change in four digits
 MAX_ITERATIONS = 500
@@ -39,6 +41,16 @@ class Moments:
         if target is not None:
             self._cross = (0 if self._cross is None else self._cross) + (target.float().T @ x).double()
         self.tokens += len(x)
+
+    def add_up(self) -> None:
+        """Replace the sums by those over all processes, each of which has seen its share of the text."""
+        if distributed.size() > 1 and self._gram is not None:
+            parts = [self._gram] if self._cross is None else [self._gram, self._cross]
+            together = torch.cat([*(part.flatten() for part in parts), self._gram.new_tensor([self.tokens])])
+            distributed.add_up(together)
+            for part, summed in zip(parts, together[:-1].split([part.numel() for part in parts]), strict=True):
+                part.copy_(summed.view_as(part))
+            self.tokens = int(together[-1])
 
     def gram(self) -> torch.Tensor:
         """Return E[x xᵀ], (in, in), float64. Makes the sums means, so nothing can be added after it.
@@ -107,6 +119,18 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, mask: to
         return parts[0]
     return Solution(torch.cat([p.weight for p in parts]), max(p.iterations for p in parts),
                     max(p.residual for p in parts))
+
+
+def solve_together(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the weights that `solve` finds; the rows are divided among the processes, all of which must call it."""
+    if distributed.size() == 1:
+        return solve(gram, cross, prior, mask).weight
+    found = torch.zeros_like(cross, dtype=torch.float64)
+    own = slice(distributed.rank(), None, distributed.size())
+    if len(cross[own]):
+        found[own] = solve(gram, cross[own], prior[own], mask[own]).weight
+    distributed.add_up(found)  # zeros are the others' rows
+    return found
 
 
 def _solve_rows(a, cross, prior, mask, damping, tolerance, max_iterations) -> Solution:

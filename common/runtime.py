@@ -7,6 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
+from common import distributed
 from common.errors import UserError, reason
 
 # OpenMP's threads spin at barriers, two to a core as soon as anything else runs: of two translations at once each took
@@ -16,6 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 def setup(device: str, seed: int = 0):
     """Seed PyTorch and return the `torch.device` that ``device`` names. OMP_NUM_THREADS sets the threads.
+
+    Of several processes (`common.distributed`) each gets its own GPU, and they are connected.
 
     Raises:
         UserError: ``device`` is unknown or not there.
@@ -30,9 +33,11 @@ def setup(device: str, seed: int = 0):
         chosen = torch.device(device)
         if chosen.type not in ("cpu", "cuda"):
             raise RuntimeError("not cpu, cuda or cuda:N")
+        chosen = distributed.own_gpu(device, chosen)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: cannot be used: {reason(error, 200)}") from None
+    distributed.start(chosen)
     return chosen
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from common import distributed
 from common.errors import UserError
 
 
@@ -35,7 +36,12 @@ def check_inputs(*paths: Path | None) -> None:
 
 
 def check_outputs(overwrite: bool, *paths: Path | None) -> None:
-    """Raise `UserError` if a path cannot be written, or exists and must not be replaced. Creates missing folders."""
+    """Raise `UserError` if a path cannot be written, or exists and must not be replaced. Creates missing folders.
+
+    Of several processes the first one checks; after a restart by torchrun, what exists is of this run.
+    """
+    if not distributed.first():
+        return
     paths = [p for p in paths if p is not None]
     real = [os.path.realpath(p) for p in paths]
     if len(set(real)) < len(real):
@@ -43,7 +49,7 @@ def check_outputs(overwrite: bool, *paths: Path | None) -> None:
     for path in paths:
         if path.is_dir():
             raise UserError(f"{path}: is a folder, a file name is needed")
-        if path.exists() and not overwrite:
+        if path.exists() and not (overwrite or distributed.restarted()):
             raise UserError(f"{path}: exists already; choose another name or add --overwrite")
         folder = path.parent
         if not folder.exists():
@@ -74,7 +80,7 @@ def outputs(overwrite: bool, *paths: Path | None):
 
 @contextlib.contextmanager
 def locked(*paths: Path | None):
-    """Hold ``paths`` (outputs, a checkpoint folder) for this process alone; None is left out.
+    """Hold ``paths`` (outputs, a checkpoint folder) for this process (of several the first) alone; None is left out.
 
     The lock is an empty hidden file beside the path. It stays (removing it would let two processes hold one name), and
     means nothing once its process has ended, killed or not.
@@ -85,7 +91,7 @@ def locked(*paths: Path | None):
     from filelock import FileLock, Timeout
 
     with contextlib.ExitStack() as stack:
-        for path in filter(None, paths):
+        for path in filter(None, paths if distributed.first() else ()):
             named = path if path.name else path.absolute()  # "." has no name
             try:
                 stack.enter_context(FileLock(named.with_name(f".{named.name}.lock"), blocking=False))
@@ -101,7 +107,12 @@ def atomic_write(path: Path):
 
     The data is flushed to disk before the rename, so that after a crash at any moment ``path`` is either the
     old file or the new one. If the block raises, the temporary file is removed and ``path`` is untouched.
+    Of several processes only the first one writes; what the others write goes nowhere.
     """
+    if not distributed.first():
+        with open(os.devnull, "w+b") as file:
+            yield file
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w+b") as file:

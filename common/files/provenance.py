@@ -39,6 +39,11 @@ def provenance(stage: str, arguments: dict, inputs: dict[str, Input]) -> dict:
                        for role, (path, sha, origin) in inputs.items()}}
 
 
+def hashes(inputs: dict[str, Input]) -> dict[str, str]:
+    """Return the SHA-256 of each input by role."""
+    return {role: sha for role, (_, sha, _) in inputs.items()}
+
+
 def is_provenance(value) -> bool:
     """Tell whether a value out of a foreign file has the shape that `provenance` gives it."""
     if not isinstance(value, dict) or not all(isinstance(value.get(k, {}), dict) for k in (

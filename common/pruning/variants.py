@@ -12,7 +12,7 @@ from common.pruning.scheme import Scheme
 from common.t5.model import Model
 from common.t5.modules import HEAD_PARTS, UNIT_PARTS, kind_of, members
 from common.t5.walk import walk
-from common.text.batches import Batches
+from common.text.batches import Batches, share
 
 
 def present(model: Model, name: str) -> torch.Tensor:
@@ -128,7 +128,7 @@ def prune_scheme(model: Model, scheme: Scheme) -> Iterator[Variant]:
 @torch.no_grad()
 def prune_scheme_by_obs(model: Model, scheme: Scheme, calibration: Batches, device) -> Iterator[Variant]:
     """Yield every variant of a scheme by the obs criterion, in execution order; the network is on ``device``."""
-    for sublayer in walk(model.network, [list(calibration.fixed())], device, "obs"):
+    for sublayer in walk(model.network, [share(calibration)], device, "obs"):
         blocks = sublayer.blocks(scheme)
         seen = sublayer.moments(0, blocks)
         for block in blocks:

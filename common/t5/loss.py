@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from common import distributed
+
 # Of each target token's probability. Half and half is better than either in joint tuning and in most trainings; the
 # teacher alone (1) gave the best BLEU at a slightly higher loss.
 DISTILLATION = 0.5
@@ -72,8 +74,9 @@ def evaluate(objective: nn.Module, batches, device) -> float:
     was_training = objective.training
     objective.eval()
     total = count = 0.0
-    for batch in batches.fixed(device):
+    for batch in distributed.share(batches.fixed(device)):
         loss, n = objective(batch)
         total, count = total + float(loss), count + float(n)
     objective.train(was_training)
+    total, count = distributed.sums(total, count)
     return total / count

@@ -111,7 +111,7 @@ class Sublayer:
         return stream._output
 
     def moments(self, split: int, blocks: list[str]) -> dict[str, Moments]:
-        """Return the moments of each block's input on one text, shared where equal.
+        """Return the moments of each block's input on one text, all processes' shares of it; shared where equal.
 
         Of a sub-layer that is a block, they are those of what `out` receives; of a feed-forward also, by its first
         reader's name, those of what it receives itself.
@@ -126,6 +126,8 @@ class Sublayer:
                 of_stream.add(self.inputs(stream)[0][0][stream.valid])
             if writing:
                 of_inner.add(self.inner(stream)[stream.valid])
+        of_stream.add_up()
+        of_inner.add_up()
         return dict.fromkeys(reading, of_stream) | dict.fromkeys(writing, of_inner)
 
     def advance(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from common import distributed
 from common.errors import UserError
 from common.files.atomic import digest
 from common.files.provenance import Input
@@ -109,6 +110,27 @@ class Batches:
         """Yield every batch once, in a fixed order."""
         for examples in self.epoch(None):
             yield self.collate(examples, device)
+
+
+def share(batches: Batches) -> list[dict]:
+    """Return this process's share of a text's batches, in a fixed order; at least one, if need be without a token."""
+    own = list(distributed.share(batches.fixed()))
+    return own or [_without_tokens(next(iter(batches.fixed())))]
+
+
+def rows(batch: dict) -> tuple[dict, slice]:
+    """Return this process's share of a batch's sentences, and which these are; padding is the whole batch's."""
+    own = slice(distributed.rank(), None, distributed.size())
+    if distributed.rank() < len(batch["labels"]):
+        return {key: t[own] for key, t in batch.items()}, own
+    return _without_tokens(batch), slice(0, 1)
+
+
+def _without_tokens(batch: dict) -> dict:
+    """Return a batch of one sentence in which no token counts."""
+    first = {key: t[:1] for key, t in batch.items()}
+    return first | {"attention_mask": torch.zeros_like(first["attention_mask"]),
+                    "labels": torch.full_like(first["labels"], LABEL_PADDING)}
 
 
 def training_text(corpus: Corpus, model, batch_tokens: int = BATCH_TOKENS, seed: int = 0) -> Batches:

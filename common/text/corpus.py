@@ -9,6 +9,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import distributed
 from common.errors import UserError
 from common.files.atomic import digest, locked, write_bytes
 
@@ -79,6 +80,9 @@ def _download(folder: Path, split: str, language: str) -> Path:
     import requests
 
     url, path = MULTI30K_URL.format(split=split, language=language), folder / f"{split}.{language}.gz"
+    if not distributed.first():
+        distributed.wait_for_file(path)
+        return path
     print(f"downloading {url}", file=sys.stderr)
     try:
         reply = requests.get(url, timeout=30)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from common import distributed
 from common.runtime import progress
 from common.t5.decoding import decode
 from common.t5.model import Model
@@ -55,6 +56,8 @@ def translate(model: Model, batches: Batches, device, beams: int = 1,
               max_new_tokens: int | None = None) -> Translations:
     """Translate a split's source sentences, greedily or with beam search; mutates nothing but the network's mode.
 
+    Batches are divided among the processes, so that translations are those of one process; each has all in the end.
+
     Args:
         max_new_tokens: where a translation without an end is cut; None is `LIMIT_RULE`.
     """
@@ -63,7 +66,7 @@ def translate(model: Model, batches: Batches, device, beams: int = 1,
     places = {id(example): i for i, example in enumerate(batches.dataset.examples)}
     texts, unfinished, tokens, began = [""] * len(batches), 0, 0, time.perf_counter()
     with progress(total=len(batches), what="translating", unit=" sentences") as bar:
-        for examples in batches.epoch(None):
+        for examples in distributed.share(batches.epoch(None)):
             batch = batches.collate(examples, device)
             ids = decode(network, batch["input_ids"], batch["attention_mask"],
                          max_new_tokens or 2 * batch["input_ids"].shape[1] + 16, beams)
@@ -74,7 +77,9 @@ def translate(model: Model, batches: Batches, device, beams: int = 1,
             # By id, because a tokenizer need not flag these; flags leave out others, T5's sentinels for example.
             for example, text in zip(examples, tokenizer.decode_batch(pieces, skip_special_tokens=True), strict=True):
                 texts[places[id(example)]] = text.strip()
-            bar.update(len(examples))
+            bar.update(distributed.size() * len(examples))
+    texts = ["".join(shares) for shares in zip(*distributed.gather(texts), strict=True)]
+    unfinished, tokens = map(int, distributed.sums(unfinished, tokens))
     return Translations(texts, time.perf_counter() - began, unfinished / len(batches), tokens)
 
 

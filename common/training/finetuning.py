@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from common.errors import UserError
-from common.files.provenance import Input, provenance
+from common.files.provenance import Input, hashes, provenance
 from common.t5.loss import TranslationLoss
 from common.t5.model import Model, save
 from common.text.batches import Batches
@@ -18,8 +18,8 @@ _FREE = ("resume", "overwrite", "device", "early_stop", "target_loss")
 
 def fingerprint(arguments: dict, inputs: dict[str, Input]) -> dict[str, str]:
     """Return what must be equal for a run to be resumed: arguments that decide the result, and hashes of its inputs."""
-    return {k: str(v) for k, v in arguments.items() if k not in _FREE and not isinstance(v, Path)} | {
-        role: sha for role, (_, sha, _) in inputs.items()}
+    return {k: str(v) for k, v in arguments.items() if k not in _FREE and not isinstance(v, Path)} | hashes(
+        inputs)
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

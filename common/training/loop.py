@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common import distributed
 from common.errors import Interrupted, UserError
 from common.files.atomic import locked, write_bytes
 from common.runtime import available_memory, progress, say
 from common.t5.loss import evaluate
-from common.text.batches import Batches
+from common.t5.network import Dropout
+from common.text.batches import Batches, rows
 from common.training import checkpoint
 from common.training.checkpoint import COLUMNS, State
 
@@ -165,6 +167,8 @@ def can_resume(options: FitOptions) -> bool:
 def finish(options: FitOptions) -> None:
     """Remove a finished run's checkpoint, once its result is safe on disk."""
     with contextlib.suppress(OSError):
+        if not distributed.first():
+            return
         (options.checkpoint / CHECKPOINT).unlink()
         options.checkpoint.rmdir()
 
@@ -184,6 +188,7 @@ class _Run:
         self.save_seconds = 0.0
 
     def run(self) -> FitResult:
+        distributed.check_same(self.fingerprint | {"checkpoint to go on from": str(can_resume(self.options))})
         self._start()
         with progress(what="training", total=self.options.epochs * len(self.train.epoch(0)), initial=self.state.step,
                       unit="step") as self.bar:
@@ -216,14 +221,16 @@ class _Run:
                          reason or f"{epochs} epochs done")
 
     def _start(self):
-        for left in self.path.parent.glob(f".{CHECKPOINT}.*.tmp"):  # by a run that was killed while it wrote
-            left.unlink()
-        if self.path.exists() and not self.options.resume:
-            # The stage has checked --overwrite; a stale checkpoint belongs to the run that is replaced.
-            self.path.unlink()
+        if distributed.first():
+            for left in self.path.parent.glob(f".{CHECKPOINT}.*.tmp"):  # by a run that was killed while it wrote
+                left.unlink()
+            if self.path.exists() and not self.options.resume:
+                # The stage has checked --overwrite; a stale checkpoint belongs to the run that is replaced.
+                self.path.unlink()
         if can_resume(self.options):
             self.state, self.best = checkpoint.load(self.path, self.fingerprint, self.trained, self.optimizer,
                                                      self.train, self.device)
+            distributed.check_same({"checkpoint's step": str(self.state.step)})
             self.log(f"resuming after step {self.state.step} from {self.path}")
             self._write_statistics()
             self.clock = time.perf_counter()
@@ -254,22 +261,45 @@ class _Run:
         rate = self._learning_rate(total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        batch = self.train.collate(batches[state.batch], self.device)
-        loss, count = self.objective(batch)
-        (loss / count).backward()
+        loss, count = self._forward_and_backward(self.train.collate(batches[state.batch], self.device))
         norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
-        if not torch.isfinite(norm) or not torch.isfinite(loss):
-            what = "loss" if not torch.isfinite(loss) else "gradient"
+        if not torch.isfinite(norm) or not math.isfinite(loss):
+            what = "loss" if not math.isfinite(loss) else "gradient"
             self._diverged(f"the {what} is not finite at step {state.step + 1}")
         if self.options.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.trained.values(), self.options.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        state.loss_sum += float(loss.detach())
-        state.loss_count += float(count)
+        state.loss_sum += loss
+        state.loss_count += count
         state.step, state.batch = state.step + 1, state.batch + 1
         self.bar.update()
         self._tick()
+
+    def _forward_and_backward(self, batch) -> tuple[float, float]:
+        """Leave the gradient of a batch's mean loss in the parameters; return (loss sum, count) of the batch.
+
+        Each process takes its share of the sentences. On a CPU dropout is that of one process; each GPU draws its own.
+        """
+        if distributed.size() == 1:
+            loss, count = self.objective(batch)
+            (loss / count).backward()
+            return float(loss.detach()), float(count)
+        all_rows = len(batch["labels"])
+        batch, own = rows(batch)
+        Dropout.rows = all_rows, own
+        if torch.device(self.device).type == "cuda":  # by the step, so that a resumed run draws the same
+            torch.cuda.manual_seed(self.state.step * distributed.size() + distributed.rank())
+        loss, count = self.objective(batch)
+        Dropout.rows = None
+        loss_sum, count = distributed.sums(float(loss.detach()), float(count))
+        (loss / count).backward()
+        gradients = [p.grad for p in self.trained.values() if p.grad is not None]
+        together = torch.cat([g.flatten() for g in gradients])
+        distributed.add_up(together)
+        for g, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(summed.view_as(g))
+        return loss_sum, count
 
     def _tick(self) -> float:
         now = time.perf_counter()
@@ -323,7 +353,8 @@ class _Run:
         self.save_seconds = self.saved_at - began
 
     def _yield_to_signal(self):
-        if self.signals.caught:
+        caught = distributed.highest(self.signals.caught or 0)  # all stop after the same step
+        if caught:
             self._save()
             raise Interrupted(f"interrupted after step {self.state.step}; to go on, run the same command with "
-                              f"--resume (checkpoint: {self.path})", self.signals.caught)
+                              f"--resume (checkpoint: {self.path})", caught)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from common import distributed
 from common.least_squares import Moments, solve
 from common.pruning.bank import Bank, Variant
 from common.t5.network import attend, split_heads
@@ -51,9 +52,9 @@ class _Heads:
     Variants that keep the same heads share q, k and v; each has its own ``o``.
     """
 
-    def __init__(self, sublayer: Sublayer, variants: list[Variant], device):
+    def __init__(self, variants: list[Variant], width: int, device):
         block = variants[0].block
-        self.block, self.width = block, sublayer.module.key_value_proj_dim
+        self.block, self.width = block, width
         found = [v.masks[f"{block}.q.weight"].any(dim=1) for v in variants]
         sets = {tuple(rows.tolist()): i for i, rows in reversed(list(enumerate(found)))}  # of heads: its first variant
         firsts = sorted(sets.values())
@@ -162,21 +163,38 @@ def _orthogonal(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def tune(bank: Bank, exact: list, sublayer: Sublayer, device, steps: int) -> Iterator:
+def texts(sublayer: Sublayer, place: int, device) -> list[list[_Item]] | None:
+    """Return what `tune` needs of an attention's texts, all of them, to process ``place``, and None to the others."""
+    own = [[_item(sublayer, stream) for stream in split] for split in sublayer.splits]
+    if distributed.size() == 1:
+        return own
+    real = [[item for item in _moved(items, "cpu") if item.valid.any()] for items in own]
+    found = distributed.gather_at(real, place)
+    return found and [_moved(distributed.interleave(list(shares)), device) for shares in zip(*found, strict=True)]
+
+
+def _moved(items: list[_Item], device) -> list[_Item]:
+    """Return items on another device; in them one tensor stays one."""
+    there = {id(x): x.to(device) for item in items for x in item}
+    return [_Item(*(there[id(x)] for x in item)) for item in items]
+
+
+def tune(bank: Bank, exact: list, texts: list[list[_Item]], width: int, device, steps: int) -> Iterator:
     """Yield the reports on variants of one attention after descent; what that did not better on both texts stays exact.
 
     Args:
         exact: the exact solver's reports (`common.tuning.exact.Report`), ``variant`` being keys of ``bank``. Mutated.
-        sublayer: that attention, with calibration and validation text.
+        texts: of `texts`, calibration and validation text.
+        width: of a head.
         steps: of descent.
 
     Raises:
         ArithmeticError: of the solver.
     """
     began = time.perf_counter()
-    items, check = ([_item(sublayer, stream) for stream in split] for split in sublayer.splits)
+    items, check = texts
     variants = [bank.read(report.variant) for report in exact]
-    heads = _Heads(sublayer, variants, device)
+    heads = _Heads(variants, width, device)
     heads.solve_o(items)
     solved = list(heads.variants(variants))
     heads.descend(items, steps)

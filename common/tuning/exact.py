@@ -11,16 +11,18 @@ Deep Neural Networks") and Frantar & Alistarh (2023, "SparseGPT"); here every ro
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from common import distributed
 from common.errors import UserError
-from common.least_squares import SOLVED_AT_ONCE, Moments, error, solve
+from common.least_squares import SOLVED_AT_ONCE, Moments, error, solve_together
 from common.pruning.bank import Bank, Key, Variant
 from common.runtime import say
 from common.t5.modules import kind_of
 from common.t5.walk import Sublayer, walk
-from common.text.batches import Batches
+from common.text.batches import Batches, share
 from common.tuning import attention_steps
 
 ATTENTION_STEPS = 200
@@ -61,7 +63,8 @@ def tune(network, bank: Bank, calibration: Batches, valid: Batches, device,
     keys: dict[str, list[Key]] = {}
     for key in bank.entries:
         keys.setdefault(key[0], []).append(key)
-    for sublayer in walk(network, [list(calibration.fixed()), list(valid.fixed())], device, "block level"):
+    waiting = []  # attentions that take steps, as many as there are processes at a time
+    for sublayer in walk(network, [share(calibration), share(valid)], device, "block level"):
         blocks = sublayer.blocks(keys)
         moments = [sublayer.moments(split, blocks) for split in (0, 1)]
         for block in blocks:
@@ -69,16 +72,33 @@ def tune(network, bank: Bank, calibration: Batches, valid: Batches, device,
                 mixed = [key for key in keys[block] if kind_of(block) == "feed-forward" and any(key[1][1:-1])]
                 shared = [key for key in keys[block] if key not in mixed]
                 if shared:
-                    yield from _tune_block(network, bank, block, shared, *(m[block].gram() for m in moments), sublayer,
-                                           device, steps)
+                    hard = yield from _tune_block(network, bank, block, shared, *(m[block].gram() for m in moments),
+                                                  sublayer, device, steps)
+                    for group in hard:
+                        texts = attention_steps.texts(sublayer, len(waiting), device)
+                        waiting.append(partial(_take_steps, bank, group, texts, sublayer, device, steps))
+                        if len(waiting) == distributed.size():
+                            for done in distributed.divide(waiting):
+                                yield from done
+                            waiting = []
                 for key in mixed:
                     yield _tune_feed_forward(network, bank.read(key), moments[0][sublayer.readers[0][0]].gram(),
                                              sublayer, device)
             except ArithmeticError as problem:
                 raise UserError(f"{block}: {problem}") from None
+    for done in distributed.divide(waiting) if waiting else ():
+        yield from done
 
 
-def _tune_block(network, bank, block, keys, gram, check, sublayer, device, steps) -> Iterator[Report]:
+def _take_steps(bank: Bank, group: list[Report], texts, sublayer: Sublayer, device, steps: int) -> list[Report]:
+    try:
+        return list(attention_steps.tune(bank, group, texts, sublayer.module.key_value_proj_dim, device, steps))
+    except ArithmeticError as problem:
+        raise UserError(f"{sublayer.name}: {problem}") from None
+
+
+def _tune_block(network, bank, block, keys, gram, check, sublayer, device, steps):
+    """Yield reports on a block's variants; return those left, for `attention_steps`, in groups that fit into memory."""
     name = f"{block}.weight" if kind_of(block) == "linear" else f"{sublayer.out}.weight"
     target = network.get_parameter(name).detach()
     nothing = torch.zeros_like(target)
@@ -94,8 +114,8 @@ def _tune_block(network, bank, block, keys, gram, check, sublayer, device, steps
         before = [v.weights[name].to(device) for v in variants]
         if power > 1e-30:
             mask = torch.cat([v.masks[name] for v in variants]).to(device)
-            parts = solve(gram, (target.double() @ gram).repeat(len(variants), 1), target.repeat(len(variants), 1),
-                          mask).weight.float().split(len(target))
+            parts = solve_together(gram, (target.double() @ gram).repeat(len(variants), 1),
+                                   target.repeat(len(variants), 1), mask).float().split(len(target))
         else:
             parts = before
         seconds = (time.perf_counter() - began) / len(variants)
@@ -110,8 +130,7 @@ def _tune_block(network, bank, block, keys, gram, check, sublayer, device, steps
                 hard.append(report)
             else:
                 yield report
-    for at in range(0, len(hard), group):
-        yield from attention_steps.tune(bank, hard[at:at + group], sublayer, device, steps)
+    return [hard[at:at + group] for at in range(0, len(hard), group)]
 
 
 def _tune_feed_forward(network, variant: Variant, gram: torch.Tensor, sublayer: Sublayer, device) -> Report:
@@ -130,6 +149,7 @@ def _tune_feed_forward(network, variant: Variant, gram: torch.Tensor, sublayer: 
                 target = sublayer.output(stream)[stream.valid].double()
                 lost += float((inner(stream, weights) @ weights[out].T - target).square().sum())
                 power += float(target.square().sum())
+            lost, power = distributed.sums(lost, power)
             result.append(lost / power if power > 1e-30 else 0.0)
         return result
 
@@ -138,11 +158,12 @@ def _tune_feed_forward(network, variant: Variant, gram: torch.Tensor, sublayer: 
     before = errors(weights)
     for name in readers:
         target = network.get_parameter(name)
-        weights[name] = solve(gram, target.double() @ gram, target, masks[name]).weight.float()
+        weights[name] = solve_together(gram, target.double() @ gram, target, masks[name]).float()
     seen = Moments()
     for stream in sublayer.splits[0]:
         seen.add(inner(stream, weights), sublayer.output(stream)[stream.valid])
-    weights[out] = solve(seen.gram(), seen.cross(), weights[out], masks[out]).weight.float()
+    seen.add_up()
+    weights[out] = solve_together(seen.gram(), seen.cross(), weights[out], masks[out]).float()
     after = errors(weights)
     variant.weights = {name: w.cpu() for name, w in weights.items()}
     return Report(variant, before[0], after[0], before[1], after[1], time.perf_counter() - began)

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
+from common import distributed
 from common.pruning.bank import Bank, Variant
 from common.t5.modules import kind_of
 from common.t5.walk import Sublayer, walk
-from common.text.batches import Batches
+from common.text.batches import Batches, share
 
 
 class BankWeights(nn.Module):
@@ -52,14 +53,15 @@ class BlockReconstruction(BankWeights):
             self.of.setdefault(variant.block, []).append(i)
         self.power: dict[str, float] = {}
         self.share: dict[str, float] = {}  # target tokens for each token of the block
-        text = list(batches.fixed())
-        targets = sum(int((batch["labels"] >= 0).sum()) for batch in text)
+        text = share(batches)
+        targets, = distributed.sums(sum(int((batch["labels"] >= 0).sum()) for batch in text))
         for sublayer in walk(network, [text], device):
             for block in sublayer.blocks(self.of):
                 tokens, total = 0, 0.0
                 for stream in sublayer.splits[0]:
                     target = _target(sublayer, block, stream)[stream.valid]
                     total, tokens = total + float(target.square().sum()), tokens + len(target)
+                tokens, total = distributed.sums(tokens, total)
                 self.power[block], self.share[block] = max(total / tokens, 1e-30), targets / tokens
 
     def _errors(self, batch) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -83,9 +85,10 @@ class BlockReconstruction(BankWeights):
     def errors(self, batches: Batches, device) -> list[float]:
         """Return each variant's mean relative error over a split, in the bank's order."""
         sums = torch.zeros(len(self.variants), 2, dtype=torch.float64)
-        for batch in batches.fixed(device):
+        for batch in distributed.share(batches.fixed(device)):
             for i, (error, tokens) in self._errors(batch).items():
                 sums[i] += torch.tensor([float(error), float(tokens)])
+        distributed.add_up(sums)
         return (sums[:, 0] / sums[:, 1]).tolist()
 
 

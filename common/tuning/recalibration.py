@@ -15,13 +15,13 @@ import time
 import torch
 
 from common.errors import UserError
-from common.least_squares import Moments, solve
+from common.least_squares import Moments, solve_together
 from common.pruning.bank import Bank
 from common.runtime import say
 from common.t5.loss import TranslationLoss, evaluate
 from common.t5.model import Model
 from common.t5.walk import Sublayer, walk
-from common.text.batches import Batches
+from common.text.batches import Batches, share
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def recalibrate(original, model: Model, calibration: Batches, device, keep_hidde
         UserError: a fit failed, by name.
     """
     began = time.perf_counter()
-    text = [list(calibration.fixed())]
+    text = [share(calibration)]
     for there, here in zip(walk(original, text, device, "recalibration"), walk(model.network, text, device),
                            strict=True):
         pairs = list(zip(there.splits[0], here.splits[0], strict=True))
@@ -86,12 +86,13 @@ def _apply(sublayer: Sublayer, name: str, x: torch.Tensor) -> torch.Tensor:
 
 def _fit(model: Model, names: tuple[str, ...], fit: Moments) -> None:
     """Replace the modules' weights by the best ones inside their masks. Mutates the composed model."""
+    fit.add_up()
     weights = [model.network.get_parameter(f"{name}.weight") for name in names]
     masks = [model.masks.get(f"{name}.weight", torch.ones_like(w, dtype=torch.bool)).to(w.device)
              for name, w in zip(names, weights, strict=True)]
     try:
-        solution = solve(fit.gram(), fit.cross(), torch.cat(weights), torch.cat(masks))
+        solution = solve_together(fit.gram(), fit.cross(), torch.cat(weights), torch.cat(masks))
     except ArithmeticError as problem:
         raise UserError(f"{names[0]}: {problem}") from None
-    for weight, part in zip(weights, solution.weight.split([len(w) for w in weights]), strict=True):
+    for weight, part in zip(weights, solution.split([len(w) for w in weights]), strict=True):
         weight.copy_(part)

@@ -60,8 +60,8 @@ def test_variants_solved_one_by_one_are_the_same(tmp_path, monkeypatch):
     network = small_network()
     bank = bank_of(network, tmp_path, (0.25, 0.5), (0.5, 0.8), (0.5, 0.3))
     together = tune(network, bank)
-    sizes, real = [], exact.solve
-    monkeypatch.setattr(exact, "solve", lambda *a: (sizes.append(len(a[1])), real(*a))[1])
+    sizes, real = [], exact.solve_together
+    monkeypatch.setattr(exact, "solve_together", lambda *a: (sizes.append(len(a[1])), real(*a))[1])
     monkeypatch.setattr(exact, "SOLVED_AT_ONCE", 48 * 32)
     alone = tune(network, bank)
     assert set(sizes) == {32, 48} and len(sizes) == len(bank.entries)

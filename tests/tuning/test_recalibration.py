@@ -116,7 +116,7 @@ def test_a_layer_whose_fit_fails_is_named(tmp_path, monkeypatch):
         raise ArithmeticError("no")
 
     model, _ = pruned(tmp_path)
-    monkeypatch.setattr(recalibration, "solve", fail)
+    monkeypatch.setattr(recalibration, "solve_together", fail)
     with pytest.raises(UserError, match=f"^{SELF}.q: no$"):
         recalibrate(small_network(), model, TEXT, "cpu")
 
