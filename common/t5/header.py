@@ -87,20 +87,29 @@ def _header(content: dict, read, path: Path) -> Header:
             if kind_of(found):
                 kinds.setdefault(found, kind_of(found))
 
-    def mask(name: str, *shape: int) -> np.ndarray:
-        if name not in content["masks"]:
-            return np.ones(shape, dtype=bool)
-        bits = np.frombuffer(read(content["masks"][name][0]), dtype=np.uint8)
-        return np.unpackbits(bits, count=prod(shape)).view(bool).reshape(shape)
+    def shape(name: str) -> tuple[int, int]:
+        part, inner = name.split(".")[-2], config.d_kv * config.num_heads
+        here, there = (config.d_ff if part in (*UNIT_PARTS, "wo") else inner), config.d_model
+        return (there, here) if part in ("o", "wo") else (here, there)
+
+    masks = {}
+    for names, (key, _) in content["masks"].items():
+        bits, at = np.frombuffer(read(key), dtype=np.uint8), 0
+        for name in names.split("\n"):
+            size = -(-prod(shape(name)) // 8)
+            masks[name] = np.unpackbits(bits[at:at + size], count=prod(shape(name))).view(bool).reshape(shape(name))
+            at += size
+
+    def kept(name: str) -> np.ndarray:
+        return masks.get(name, np.ones(shape(name), dtype=bool))
 
     for name, kind in kinds.items():
         if kind == "attention":
-            q = mask(f"{name}.q.weight", config.num_heads, config.d_kv * config.d_model)
-            present[name] = int(q.any(axis=1).sum())
+            present[name] = int(kept(f"{name}.q.weight").reshape(config.num_heads, -1).any(axis=1).sum())
         elif kind == "feed-forward":
-            units = mask(f"{name}.wo.weight", config.d_model, config.d_ff).any(axis=0)
+            units = kept(f"{name}.wo.weight").any(axis=0)
             for part in UNIT_PARTS:
                 if f"{name}.{part}" in kinds:
-                    units &= mask(f"{name}.{part}.weight", config.d_ff, config.d_model).any(axis=1)
+                    units = units & kept(f"{name}.{part}.weight").any(axis=1)
             present[name] = int(units.sum())
     return Header(config, kinds, present)

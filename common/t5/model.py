@@ -10,13 +10,13 @@ Layout (``torch.load(path, weights_only=True, mmap=True)`` reads it)::
     weights             {name: tensor}, tied tensors once; of a pruned weight the kept values, row by row. All float32,
                         or all float16 or bfloat16, which `load` makes float32
     aliases             {name: name in weights} for tied tensors, JSON
-    masks               {weight name: bits (numpy.packbits) of the mask}, for pruned weights
+    masks               {names of pruned weights, one a line: bits (numpy.packbits) of their masks, one after the other}
     identity            SHA-256 over all of the above, weights in float32, pruned ones with their zeros: the same in
                         whichever type they are stored
     provenance          stage, arguments, seed, versions and the files it was made from, JSON
 
-It is a sealed archive, see `common.files.archive`. Version 1, read too, stored pruned weights with zeros. Files in
-float32 say version 2, so that older copies of this toolkit read them; those in the other types say 3.
+It is a sealed archive, see `common.files.archive`. Read too are version 2, which had float32 alone and an entry for
+each mask, and version 1, which stored pruned weights with zeros.
 """
 
 import copy
@@ -139,7 +139,7 @@ def save(path: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
     for name, w in kept.items():
         assert w.count_nonzero() == weights[name].count_nonzero(), f"{name} has weights outside its mask"
     content = {
-        "format": FORMAT, "version": VERSION if dtype in HALF_TYPES else 2,
+        "format": FORMAT, "version": VERSION,
         "config": to_json(network.config.to_dict()), "tokenizer": model.tokenizer_json,
         "prefix": model.prefix, "source": model.source, "target": model.target,
         "weights": weights, "aliases": to_json(aliases),
@@ -150,6 +150,8 @@ def save(path: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
     content["weights"] = {name: w.to(dtype) for name, w in weights.items()}
     assert dtype not in HALF_TYPES or all(
         torch.equal(w.float(), weights[name]) for name, w in content["weights"].items()), f"not rounded to {dtype}"
+    if content["masks"]:  # 330 bytes of archive a tensor are a hundredth of a small file
+        content["masks"] = {"\n".join(content["masks"]): torch.cat(list(content["masks"].values()))}
     content["provenance"] = to_json(model.provenance)
     save_sealed(path, content)
 
@@ -171,9 +173,9 @@ def load(path: Path) -> Model:
     texts = ("config", "tokenizer", "prefix", "source", "target", "aliases", "identity", "provenance")
     if not all(is_text(content.get(key)) for key in texts) or not re.fullmatch("[0-9a-f]{64}", content["identity"]):
         raise broken
-    weights, packed = content.get("weights"), content.get("masks")
+    weights, groups = content.get("weights"), content.get("masks")
     types = (torch.float32, *HALF_TYPES) if version > 2 else (torch.float32,)
-    if not any(all_plain(weights, dtype) for dtype in types) or not all_plain(packed, torch.uint8):
+    if not any(all_plain(weights, dtype) for dtype in types) or not all_plain(groups, torch.uint8):
         raise broken
     config, aliases, provenance = (parse_json(content[k].encode(), f"{path}: {k}")
                                    for k in ("config", "aliases", "provenance"))
@@ -194,9 +196,14 @@ def load(path: Path) -> Model:
             raise UserError(f"{path}: its weights do not fit its configuration: {', '.join(map(brief, wrong[:3]))}")
 
     check(sorted(shapes.keys() ^ (weights.keys() | aliases.keys())))
-    for name, bits in packed.items():
-        if name not in maskable & weights.keys() or bits.shape != (-(-shapes[name].numel() // 8),):
-            raise UserError(f"{path}: its mask of {brief(name)} does not fit")
+    packed = {}
+    for names, bits in groups.items():
+        group = names.split("\n")
+        sizes = [-(-shapes[name].numel() // 8) if name in maskable & weights.keys() else bits.numel() + 1
+                 for name in group]
+        if bits.shape != (sum(sizes),):
+            raise UserError(f"{path}: its mask of {brief(names)} does not fit")
+        packed |= zip(group, bits.split(sizes), strict=True)
     if sum(t.nbytes for t in (*packed.values(), *weights.values())) > path.stat().st_size:
         raise broken  # some share their bytes, to fill our memory
     weights = {name: t.float() for name, t in weights.items()}
