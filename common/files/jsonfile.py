@@ -81,3 +81,26 @@ def is_sealed(path: Path) -> bool:
     """Tell whether a file is what `sealed` made, to the byte."""
     text, _, end = path.read_bytes().rpartition(b',\n  "digest": "')
     return end == f'{digest(text)}"\n}}\n'.encode()
+
+
+def read_measurement(path: Path, what: str, version: int, origin: dict[str, str]) -> dict:
+    """Read a sealed file {"format": "composable-pruning ``what``", "version", "of": {role: SHA-256}, …}.
+
+    Args:
+        origin: what it must have been measured on, {role: SHA-256}.
+
+    Raises:
+        UserError: it is none, is damaged, or was measured on something else, with both hashes.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != f"composable-pruning {what}" or \
+            content.get("version") != version:
+        raise UserError(f"{path}: is not a {what} file of this toolkit; remove it, it is measured anew")
+    if not is_sealed(path):
+        raise UserError(f"{path}: was edited after it was made, or is damaged; remove it, it is measured anew")
+    of = content.get("of") if isinstance(content.get("of"), dict) else {}
+    other = [f"{role}: {brief(of.get(role))}, now {sha!r}" for role, sha in origin.items() if of.get(role) != sha]
+    if other:
+        raise UserError(f"{path}: was measured on something else; remove it and it is measured anew:\n  "
+                        + "\n  ".join(other))
+    return content

@@ -5,7 +5,7 @@ predicted loss of a configuration is the original's plus the costs of all its va
 model, for what recalibration leaves is what variants do apart from each other (docs/experiment.md has the figures).
 That makes the choice of one variant (or none) for every block a multiple-choice knapsack problem, which is solved for
 all sizes at once by merging Pareto fronts block by block (Nemhauser & Ullmann 1969, "Discrete Dynamic Programming and
-Capital Allocation").
+Capital Allocation"). A size is a number of weights, or the time that `common.pruning.latency` expects.
 """
 
 import itertools
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import UserError, brief
+from common.errors import UserError
 from common.files.atomic import write_bytes
-from common.files.jsonfile import is_sealed, read_json, sealed
+from common.files.jsonfile import read_measurement, sealed
 from common.pruning.bank import Bank, Key
 from common.pruning.configurations import Configuration
 from common.runtime import progress
@@ -27,7 +27,6 @@ from common.t5.modules import kind_of, members, parent_of, prunable, weight_name
 from common.text.batches import Batches
 
 VALIDATION_SENTENCES = 400  # that losses are measured on
-FORMAT = "composable-pruning sensitivity"
 VERSION = 1
 RESOLUTION = 20_000  # sizes that a front tells apart
 LARGEST = 1e6  # loss that a file may hold; sums of more could overflow
@@ -67,8 +66,8 @@ def write(path: Path, found: Sensitivity, origin: dict[str, str]) -> None:
     """Write a measurement, sealed as a scheme is; ``origin`` says what of, {role: SHA-256}."""
     rows = [{"block": block, "rates": list(rates), "validation_loss": loss}
             for (block, rates), loss in found.losses.items()]
-    write_bytes(path, sealed({"format": FORMAT, "version": VERSION, "of": origin, "dense": found.dense,
-                                    "variants": rows}))
+    write_bytes(path, sealed({"format": "composable-pruning sensitivity", "version": VERSION, "of": origin,
+                              "dense": found.dense, "variants": rows}))
 
 
 def read(path: Path, bank: Bank, origin: dict[str, str]) -> Sensitivity:
@@ -77,16 +76,7 @@ def read(path: Path, bank: Bank, origin: dict[str, str]) -> Sensitivity:
     Raises:
         UserError: it is none, is damaged, or is of something else, with both hashes.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise UserError(f"{path}: is not a sensitivity file of this toolkit; remove it, it is measured anew")
-    if not is_sealed(path):
-        raise UserError(f"{path}: was edited after it was made, or is damaged; remove it, it is measured anew")
-    of = content.get("of") if isinstance(content.get("of"), dict) else {}
-    other = [f"{role}: {brief(of.get(role))}, now {sha!r}" for role, sha in origin.items() if of.get(role) != sha]
-    if other:
-        raise UserError(f"{path}: was measured on something else; remove it and it is measured anew:\n  "
-                        + "\n  ".join(other))
+    content = read_measurement(path, "sensitivity", VERSION, origin)
     try:
         losses = {(row["block"], tuple(float(r) for r in row["rates"])): float(row["validation_loss"])
                   for row in content["variants"]}
@@ -101,7 +91,7 @@ def read(path: Path, bank: Bank, origin: dict[str, str]) -> Sensitivity:
 
 @dataclass
 class Front:
-    """All configurations that no other beats: ``sizes`` (weights kept) falling, ``losses`` (predicted) rising."""
+    """All configurations that no other beats: ``sizes`` (what is kept) falling, ``losses`` (predicted) rising."""
 
     sizes: np.ndarray
     losses: np.ndarray
@@ -118,7 +108,11 @@ class Front:
 
     def at_sparsity(self, sparsity: float, total: int) -> int | None:
         """Return the place of the best configuration that keeps at most 1 − ``sparsity`` of ``total`` weights."""
-        found = np.flatnonzero(self.sizes <= round((1 - sparsity) * total, 3))  # (1 - 0.9) * 1000 is below 100
+        return self.at_size(round((1 - sparsity) * total, 3))  # (1 - 0.9) * 1000 is below 100
+
+    def at_size(self, size: float) -> int | None:
+        """Return the place of the best configuration of at most this size."""
+        found = np.flatnonzero(self.sizes <= size)
         return int(found[0]) if len(found) else None
 
     def at_loss(self, target: float) -> int | None:
@@ -170,7 +164,8 @@ def front(found: Sensitivity, removed: dict[Key, int], present: int) -> Front:
     Exact up to `RESOLUTION` sizes; among configurations whose sizes agree so far, the best is kept.
 
     Args:
-        removed, present: of `removed_weights`.
+        removed, present: what each variant takes away of the whole, in whole weights (`removed_weights`) or
+            nanoseconds (`common.pruning.latency.saved`).
     """
     grain = max(present / RESOLUTION, 1.0)
     at, losses, picks = np.array([float(present)]), np.array([found.dense]), []
