@@ -169,6 +169,11 @@ def positive(text: str) -> float:
     return _number(text, "a number above 0", float, lambda x: 0 < x < math.inf)
 
 
+def factor(text: str) -> float:
+    """Parse a finite number of at least 1."""
+    return _number(text, "a number of at least 1", float, lambda x: 1 <= x < math.inf)
+
+
 def count(text: str) -> int:
     """Parse a whole number of at least 1."""
     return _number(text, "a whole number of at least 1", int, lambda x: x >= 1)
