@@ -28,6 +28,7 @@ CHECKPOINT = "checkpoint.pth"
 _CHECKPOINT_SHARE = 0.05
 _CHECKPOINT_SECONDS = 15.0
 WEIGHT_DECAY = 0.01
+VALIDATION_SHARE = 0.1  # of the time; more is reported
 # From scratch: T5's embeddings start with a standard deviation of 1, so that with the others' learning rate AdamW
 # hardly moves them (validation loss after the first epoch 4.86; with six times the rate 4.24).
 WARMUP, EMBEDDING_FACTOR = 80, 6.0
@@ -214,6 +215,10 @@ class _Run:
                     self._save()
                 self._yield_to_signal()
             self._yield_to_signal()
+        validation = sum(row[4] for row in state.rows)
+        if validation > VALIDATION_SHARE * (state.seconds + validation):
+            self.log(f"validation took {validation:.1f} of {state.seconds + validation:.1f} s"
+                     + ("; a larger --eval-every takes less" if options.eval_every else ""))
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(self.best[name])

@@ -276,3 +276,11 @@ def test_too_little_memory_is_said_before_anything_is_written(tmp_path, monkeypa
     with pytest.raises(UserError, match="0.00 GB are available"):
         train_toy(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_validation_that_takes_more_than_its_share_is_told(made, text, tmp_path, monkeypatch, share):
+    said = []
+    monkeypatch.setattr(loop, "VALIDATION_SHARE", share)
+    run(made, text, tmp_path, log=said.append, epochs=1, eval_every=1)
+    assert sum("a larger --eval-every takes less" in line for line in said) == (share == 0.0)
