@@ -32,7 +32,7 @@ VERSION = 1
 SENTENCES = 200  # of validation text, that are translated
 BATCH_TOKENS = 8192  # as evaluate.py
 LARGEST = 1e6  # seconds that a file may hold
-ROUNDS, SECONDS = 3, 60  # every network translates so often, and on until so many seconds have passed
+ROUNDS, SECONDS = 3, 90  # every network translates so often, and on until so many seconds have passed
 KINDS = {"encoder.SelfAttention": "encoder self-attention", "encoder.DenseReluDense": "encoder feed-forward",
          "decoder.SelfAttention": "decoder self-attention", "decoder.EncDecAttention": "cross-attention",
          "decoder.DenseReluDense": "decoder feed-forward"}
