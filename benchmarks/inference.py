@@ -31,6 +31,7 @@ from common import cli  # noqa: E402
 SHAPES = {"t5-small": {"d_model": 512, "d_ff": 2048, "num_heads": 8, "num_layers": 6},
           "t5-base": {"d_model": 768, "d_ff": 3072, "num_heads": 12, "num_layers": 12}}
 LENGTH = 15  # tokens of a sentence and of its translation with --shape
+VOCABULARY = 32128  # T5's
 EXPORTS = ("hf", "float32"), ("ctranslate2", "float32"), ("ctranslate2", "int8")
 PROGRAMS = {"dense": ("whole", "dense"), "masked": ("whole", "pruned"), "shrunk": ("shrunk", "pruned")} | {
     f"{name}, {model}": (f"{kind}-{dtype}", model) for name, (kind, dtype) in zip(
@@ -48,13 +49,17 @@ def make(folder: Path, shape: dict, heads: float, units: float, skip: float, voc
 
     from common.pruning import composition, configurations, scheme, variants
     from common.t5 import model, modules, network
+    from common.t5.vocabulary import cut_network
+
+    def tokenizer(size: int) -> str:
+        words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(3, size))]
+        made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return made.to_str()
 
     torch.manual_seed(0)
-    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(3, vocabulary))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    config = shape | {"model_type": "t5", "vocab_size": vocabulary, "decoder_start_token_id": 0}
-    made = model.Model(network.initialize(network.build_network(config)), tokenizer.to_str())
+    config = shape | {"model_type": "t5", "vocab_size": VOCABULARY, "decoder_start_token_id": 0}
+    made = model.Model(network.initialize(network.build_network(config)), tokenizer(VOCABULARY))
     kinds = modules.prunable(made.network)
     with torch.no_grad():
         made.network.shared.weight[:2] = 0
@@ -62,6 +67,8 @@ def make(folder: Path, shape: dict, heads: float, units: float, skip: float, voc
             for name in (name for name, kind in kinds.items() if kind == "attention"):
                 made.network.get_submodule(name).v.weight[:round((1 - heads) * shape["num_heads"]) * 64] *= 2
     model.save(folder / "dense.pth", made)
+    if vocabulary < VOCABULARY:
+        made = model.Model(cut_network(made.network, list(range(vocabulary))), tokenizer(vocabulary))
     chosen = configurations.uniform(kinds, heads, 0.0, units)
     skipped = [i for i in range(shape["num_layers"]) if int((i + 1) * skip) > int(i * skip)]  # spread evenly
     chosen |= {name: 1.0 for name, kind in kinds.items() if kind != "linear" and name.startswith("decoder")
@@ -113,7 +120,8 @@ def main(argv=None) -> int:
                    help="fraction of decoder blocks left out")
     p.add_argument("--same-heads", action="store_true",
                    help="remove the same heads in every layer (default: any, so that they differ by layer)")
-    p.add_argument("--vocabulary", type=cli.count, default=32128, metavar="N", help="tokens of a T5 with --shape")
+    p.add_argument("--vocabulary", type=cli.count, default=VOCABULARY, metavar="N",
+                   help="tokens of the pruned T5 with --shape; the dense one has T5's own number")
     p.add_argument("--sentences", type=cli.count, metavar="N",
                    help="only the first N sentences (default: all; 64 with --shape)")
     p.add_argument("--max-new-tokens", type=cli.count, default=100, metavar="N",

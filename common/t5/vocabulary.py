@@ -56,7 +56,7 @@ def cut(model: Model, corpus: Corpus) -> tuple[Model, Input]:
     print(f"vocabulary: {len(kept):,} of {config.vocab_size:,} tokens stay; {len(seen):,} occur in the training text",
           file=sys.stderr)
     place = {i: new for new, i in enumerate(kept)}
-    small = replace(model, network=_cut_network(model.network, kept), tokenizer_json=_cut_tokenizer(content, place))
+    small = replace(model, network=cut_network(model.network, kept), tokenizer_json=_cut_tokenizer(content, place))
     before, after = model.tokenizer, small.tokenizer
     if any(after.id_to_token(new) != before.id_to_token(i) for new, i in enumerate(kept)):
         raise UserError(f"the model's tokenizer has gaps between its ids and cannot be renumbered; {_HINT}")
@@ -131,7 +131,7 @@ def _cut_tokenizer(content: dict, place: dict[int, int]) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
-def _cut_network(network, kept: list[int]):
+def cut_network(network, kept: list[int]):
     """Return a network that shares all weights with ``network``, with the rows ``kept`` of embeddings and head.
 
     Tied matrices stay tied. The scale d_model^-0.5 in front of a tied head does not depend on the vocabulary.
