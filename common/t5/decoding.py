@@ -35,7 +35,8 @@ class _Decoder:
                 self.readers[i] = torch.cat([module.q.weight, module.k.weight, module.v.weight])
                 shape = len(ids), len(self.readers[i]) // (3 * module.key_value_proj_dim), limit * beams
                 self.caches[i] = [states.new_empty(*shape, module.key_value_proj_dim) for _ in range(2)]
-        self.bias = self.stack.position_bias(limit).repeat_interleave(beams, dim=3)  # of each step's slots
+        # Of the last step's slots; a step before it sees the same distances, only fewer.
+        self.bias = self.stack.position_bias(limit, limit - 1).repeat_interleave(beams, dim=3)
         self.slots = torch.arange(beams, device=states.device)
         self.ancestors = self.slots[:, None].expand(len(ids), beams, limit).clone()  # a hypothesis' slot at each step
 
@@ -44,7 +45,7 @@ class _Decoder:
         stack, at, beams = self.stack, self.seen, self.beams
         self.seen, end = at + 1, (at + 1) * beams
         states = stack.embed_tokens(tokens)
-        bias = self.bias[:, :, at:at + 1, :end]
+        bias = self.bias[..., -end:]
         if beams > 1:
             seen = self.ancestors[:, :, :at + 1, None] == self.slots
             bias = bias + additive(seen.flatten(2))[:, None]
@@ -130,7 +131,7 @@ def _beam_search(decoder: _Decoder, config, count: int, limit: int) -> list[list
         # A sentence's likeliest continuations are among each hypothesis' likeliest.
         top, ids = logits.topk(min(2 * beams, logits.shape[1]), dim=-1)
         top = (top - logits.logsumexp(dim=-1, keepdim=True)).unflatten(0, (-1, beams)) + worth[:, :, None]
-        found, order = top.flatten(1).topk(2 * beams, dim=1)
+        found, order = top.flatten(1).topk(min(2 * beams, top[0].numel()), dim=1)
         origin = order // top.shape[2]
         ids = ids.view(len(rows), -1).gather(1, order)
         candidates = texts.gather(1, origin[:, :, None].expand(-1, -1, limit))

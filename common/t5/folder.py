@@ -98,18 +98,15 @@ def read_config(folder: Path) -> dict:
     """Return ``config.json`` of a Hugging Face model folder, with the token ids of ``generation_config.json``.
 
     Raises:
-        UserError: it is missing or broken, wants foreign code, or the two contradict each other.
+        UserError: it is missing or broken, asks for foreign code, or the two contradict each other.
     """
     path = folder / "config.json"
     config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: is no configuration of a model")
-    for key in ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation"):
-        if config.get(key):  # transformers would import or even download code for these
+    for key in ("auto_map", "quantization_config"):
+        if config.get(key):  # its author's code, or a library's, makes another network of the same weights
             raise UserError(f"{path}: has {key}, which asks for foreign code; only plain T5 models are read")
-    labels = config.get("num_labels", 2)
-    if type(labels) is not int or not 0 <= labels <= 1 << 10:  # of which transformers would make a dictionary
-        raise UserError(f"{path}: has num_labels = {brief(labels)}; a translation model has none")
     tasks = config.get("task_specific_params") or {}
     if not isinstance(tasks, dict) or not all(isinstance(t, dict) for t in tasks.values()):
         raise UserError(f"{path}: task_specific_params is not {{task: {{name: value}}}}")

@@ -6,18 +6,19 @@ So it is not checked whether the weights are whole; whoever uses them reads the 
 import pickle
 import zipfile
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, reason
+from common.errors import UserError, brief, reason
 from common.files.atomic import file_problem
 from common.files.jsonfile import parse_json
 from common.t5.config import Config
 from common.t5.modules import UNIT_PARTS, kind_of
 
-FORMAT = "composable-pruning model"
+FORMAT, VERSION = "composable-pruning model", 3
 
 
 @dataclass
@@ -51,18 +52,29 @@ def read_header(path: Path) -> Header:
             folder = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
             with archive.open(f"{folder}data.pkl") as file:
                 content = _Unpickler(file).load()
-            if content.get("format") == FORMAT:
-                return _header(content, lambda key: archive.read(f"{folder}data/{key}"), path)
+            check_format(content, path)
+            return _header(content, lambda key: archive.read(f"{folder}data/{key}"), path)
     except UserError:
         raise
     except Exception as error:  # zipfile and pickle raise many kinds for a file that is none
         raise UserError(f"{path}: is not a model file of this toolkit, or is truncated "
                         f"({reason(error, 120)})") from None
-    raise UserError(f"{path}: is not a model file of this toolkit; download_model.py makes one")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Of plain values, and of tensors the key and the number of their stored values; nothing else is let in."""
+def check_format(content: dict, path: Path) -> None:
+    """Raise `UserError` unless a file's content says that it is a model file of a version that this toolkit reads."""
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a model file of this toolkit; download_model.py makes one")
+    version = content.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:  # a tensor compares elementwise
+        raise UserError(f"{path}: model file version {brief(version)}, this toolkit reads {VERSION} and older")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Of plain values, and of tensors the key and the number of their stored values; nothing else is let in.
+
+    The one in Python, because for that in C ten bytes are enough to fill 32 GiB of memory (LONG_BINPUT).
+    """
 
     def find_class(self, module, name):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -94,22 +106,21 @@ def _header(content: dict, read, path: Path) -> Header:
 
     masks = {}
     for names, (key, _) in content["masks"].items():
-        bits, at = np.frombuffer(read(key), dtype=np.uint8), 0
-        for name in names.split("\n"):
-            size = -(-prod(shape(name)) // 8)
-            masks[name] = np.unpackbits(bits[at:at + size], count=prod(shape(name))).view(bool).reshape(shape(name))
-            at += size
-
-    def kept(name: str) -> np.ndarray:
-        return masks.get(name, np.ones(shape(name), dtype=bool))
-
+        bits, group = np.frombuffer(read(key), dtype=np.uint8), names.split("\n")
+        ends = list(accumulate(-(-prod(shape(name)) // 8) for name in group))
+        if len(bits) != ends[-1]:
+            raise ValueError(f"its mask of {brief(names)} does not fit")
+        for name, part in zip(group, np.split(bits, ends[:-1]), strict=True):
+            masks[name] = np.unpackbits(part, count=prod(shape(name))).view(bool).reshape(shape(name))
     for name, kind in kinds.items():
         if kind == "attention":
-            present[name] = int(kept(f"{name}.q.weight").reshape(config.num_heads, -1).any(axis=1).sum())
+            mask = masks.get(f"{name}.q.weight")
+            present[name] = config.num_heads if mask is None else int(
+                mask.reshape(config.num_heads, -1).any(axis=1).sum())
         elif kind == "feed-forward":
-            units = kept(f"{name}.wo.weight").any(axis=0)
-            for part in UNIT_PARTS:
-                if f"{name}.{part}" in kinds:
-                    units = units & kept(f"{name}.{part}.weight").any(axis=1)
+            units = np.ones(config.d_ff, dtype=bool)
+            for part, across in (*((part, 1) for part in UNIT_PARTS), ("wo", 0)):
+                if (mask := masks.get(f"{name}.{part}.weight")) is not None:
+                    units &= mask.any(axis=across)
             present[name] = int(units.sum())
     return Header(config, kinds, present)

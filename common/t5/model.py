@@ -32,12 +32,11 @@ from common.errors import UserError, brief
 from common.files.archive import all_plain, is_text, load_sealed, save_sealed
 from common.files.jsonfile import parse_json, to_json
 from common.files.provenance import is_provenance
-from common.t5.header import FORMAT
+from common.t5.header import FORMAT, VERSION, check_format
 from common.t5.modules import prunable, weight_names
 from common.t5.network import build_network, sparsity
 from common.text.corpus import LANGUAGE
 
-VERSION = 3
 HALF_TYPES = torch.float16, torch.bfloat16
 
 
@@ -163,18 +162,14 @@ def load(path: Path) -> Model:
         UserError: the file is missing, damaged, foreign, or does not fit together.
     """
     content = load_sealed(path, "a model file")
-    if content.get("format") != FORMAT:
-        raise UserError(f"{path}: is not a model file of this toolkit; download_model.py makes one")
-    version = content.get("version")
-    if type(version) is not int or not 1 <= version <= VERSION:  # a tensor compares elementwise
-        raise UserError(f"{path}: model file version {brief(version)}, this toolkit reads {VERSION} and older")
+    check_format(content, path)
     broken = UserError(f"{path}: is not a complete model file of this toolkit")
     content = {"source": "en", "target": "de"} | content
     texts = ("config", "tokenizer", "prefix", "source", "target", "aliases", "identity", "provenance")
     if not all(is_text(content.get(key)) for key in texts) or not re.fullmatch("[0-9a-f]{64}", content["identity"]):
         raise broken
     weights, groups = content.get("weights"), content.get("masks")
-    types = (torch.float32, *HALF_TYPES) if version > 2 else (torch.float32,)
+    types = (torch.float32, *HALF_TYPES) if content["version"] > 2 else (torch.float32,)
     if not any(all_plain(weights, dtype) for dtype in types) or not all_plain(groups, torch.uint8):
         raise broken
     config, aliases, provenance = (parse_json(content[k].encode(), f"{path}: {k}")
@@ -209,7 +204,7 @@ def load(path: Path) -> Model:
     weights = {name: t.float() for name, t in weights.items()}
     masks = {name: unpack_mask(bits, shapes[name]) for name, bits in packed.items()}
     for name, mask in masks.items():
-        if version > 1:
+        if content["version"] > 1:
             weights[name] = _spread(weights[name], mask, f"{path}: {name}")
         elif weights[name].shape == mask.shape and weights[name][~mask].any():
             raise UserError(f"{path}: {name} has weights outside its mask")

@@ -1,17 +1,20 @@
 """A header says what the whole model file says, and reads no foreign object."""
 
 import pickle
+import struct
 import subprocess
 import sys
 import zipfile
 
 import pytest
+import torch
 
 from common.errors import UserError
 from common.pruning.variants import heads_present, units_present
 from common.t5 import model as models
 from common.t5.header import read_header
 from common.t5.modules import prunable
+from tests.mutants import address_space
 from tests.small import ROOT
 
 
@@ -47,7 +50,8 @@ class Evil:
         return print, ("run",)
 
 
-@pytest.mark.parametrize("content", [Evil(), [1], {"format": "another"}, {"format": "composable-pruning model"}])
+@pytest.mark.parametrize("content", [Evil(), [1], {"format": "another"},
+                                     {"format": "composable-pruning model", "version": 3}])
 def test_foreign_content_is_refused_and_not_run(tmp_path, capsys, content):
     path = tmp_path / "m.pth"
     with zipfile.ZipFile(path, "w") as archive:
@@ -61,4 +65,25 @@ def test_a_compressed_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "m.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"0" * 1000000)
     with pytest.raises(UserError, match="it is compressed"):
+        read_header(tmp_path / "m.pth")
+
+
+def test_ten_bytes_do_not_fill_the_memory(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.pth", "w") as archive:  # {}, noted as object 2,000,000,000
+        archive.writestr("archive/data.pkl", b"\x80\x02}r" + struct.pack("<I", 2 * 10**9) + b".")
+    with address_space(1 << 30), pytest.raises(UserError, match="toolkit; download_model.py makes one"):
+        read_header(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    (lambda content: {"version": 4}, "model file version 4, this toolkit reads 3 and older"),
+    (lambda content: {"version": None}, "model file version None"),
+    (lambda content: {"masks": {names: bits[:-1].clone() for names, bits in content["masks"].items()}},
+     "its mask of 'decoder.*does not fit"),
+    (lambda content: {"config": content["config"].replace('"d_model": 32', '"d_model": 65536')}, "does not fit"),
+], ids=["later", "none", "mask", "configuration"])
+def test_content_that_does_not_fit_together_is_refused(made, tmp_path, change, complaint):
+    content = torch.load(made / "pruned.pth", weights_only=True)
+    torch.save(content | change(content), tmp_path / "m.pth")
+    with pytest.raises(UserError, match=f"m.pth: .*{complaint}"):
         read_header(tmp_path / "m.pth")
