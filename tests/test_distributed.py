@@ -10,6 +10,7 @@ import torch
 
 from common import distributed
 from common.errors import UserError
+from common.files.atomic import check_outputs
 from common.files.jsonfile import read_json
 from common.pruning import bank
 from common.t5 import model as models
@@ -93,11 +94,25 @@ def test_killed_processes_are_restarted_from_the_checkpoint_and_end_bit_for_bit(
     assert not (work / "killed.pth.checkpoint").exists()
 
 
-def test_a_refusal_of_the_first_process_ends_all_and_a_restart_overwrites_nothing(work):
+def test_a_refusal_of_the_first_process_ends_all_with_one_message(work):
     (work / "precious.pth").write_text("a night's work")
-    code, said = run(work, 2, [*TRAIN, "-o", "precious.pth", "--stats", "new.csv"], restarts=1)
-    assert code and said.count("precious.pth: exists already") == 2  # once, and once after the restart
-    assert said.count("error: ") == 2 and (work / "precious.pth").read_text() == "a night's work"
+    code, said = run(work, 2, [*TRAIN, "-o", "precious.pth", "--stats", "new.csv"])
+    assert code and said.count("error: ") == 1 and "error: precious.pth: exists already" in said
+    assert "exitcode  : 2" in said and "SIGKILL" not in said  # nobody hangs until torchrun has lost patience
+
+
+def test_after_a_restart_a_run_replaces_its_own_files_and_no_others(monkeypatch, tmp_path):
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(distributed, "_store", lambda: store)
+    for name, value in {"RUN_ID": "x", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / "file").write_text("a night's work")
+    with pytest.raises(UserError, match="exists already"):  # the first start was refused, or ended before its checks
+        check_outputs(False, tmp_path / "file")
+    distributed.start(torch.device("cpu"))  # the first start had passed its checks, so the file came after them
+    check_outputs(False, tmp_path / "file")
 
 
 def test_nodes_that_read_different_files_are_refused(second_of_two, monkeypatch):
