@@ -110,6 +110,8 @@ def searched(args, sensitivity: Path) -> list[dict]:
     model, opened = models.load(args.model), bank.load(args.bank)
     opened.check_origin(model.identity, args.model)
     removed, present, total = search.removed_weights(model, opened)
+    if args.speedup:
+        latency.check_bank(opened)
     valid = validation_text(cli.corpus(args, model), model, sentences=search.VALIDATION_SENTENCES)
     model.network.to(device)
     times = timed(args, model, device) if args.speedup else None

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Write a model as a folder that other programs load, transformers (no code of ours) or CTranslate2, or as a half file.
+"""Write a model for other programs: transformers (no code of ours) or CTranslate2, or as a model file of other weights.
 
-Reads a model file. In a folder, heads, units and sub-layers that pruning left empty are left out, as far as the format
-allows. The half file is one of this toolkit (.pth) with weights of 2 bytes, which every stage reads. What was written
-is loaded and translates some sentences; unless it does so as the model does, it is removed.
+Reads a model file. In a folder for other programs, heads, units and sub-layers that pruning left empty are left out, as
+far as the format allows. With --format pth --dtype float16 it is a model file of this toolkit of half the size, which
+every stage reads. What was written is loaded and translates some sentences; unless it does so as the model does, it is
+removed.
 
     python export_model.py -m finetuned_model.pth -o exported_model --format hf
     python export_model.py -m finetuned_model.pth -o half.pth --format pth --dtype float16

@@ -39,7 +39,7 @@ def run(main) -> int:
                 print(f"{prog}: {shown}", file=sys.stderr)
         return code
 
-    ending = False  # the first signal, or the end of the work, is told; one that comes then changes nothing
+    ending = False  # the first signal, or the end of the work, is reported; one that comes then changes nothing
 
     def stop(signum, frame):
         nonlocal ending
@@ -80,7 +80,8 @@ def run(main) -> int:
         # torch's own errors: "can't allocate memory" on the CPU, "CUDA out of memory".
         if isinstance(error, RuntimeError) and not any(s in str(error) for s in ("allocate memory", "out of memory")):
             raise
-        return fail("error: not enough memory; a smaller --batch-tokens or fewer --max-train-sentences need less", 2)
+        return fail("error: not enough memory; a smaller --batch-tokens, fewer --max-train-sentences or a smaller "
+                    "--num-beams need less, where the stage has them", 2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         hint = "; free some space and run again" if error.errno == errno.ENOSPC else ""

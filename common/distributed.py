@@ -129,7 +129,7 @@ def silence():
 
 @contextlib.contextmanager
 def _together():
-    """Turn a failed connection into an error that is told only if no other process has told one."""
+    """Turn a failed connection into an error that is printed only if no other process has printed one."""
     try:
         yield
     except RuntimeError as error:

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 
-from common.pruning import bank, composition, criteria, search, variants
+from common.pruning import bank, composition, criteria, scheme, search, variants
 from common.pruning.configurations import read_configurations, required_variants
 from common.pruning.search import Sensitivity
 from common.t5 import model
 from common.t5.loss import TranslationLoss, evaluate
+from common.t5.shrink import used
 from common.tuning import exact
 from tests.small import load_stage, save_folder, write_corpus
 
@@ -215,3 +216,27 @@ def test_the_loss_of_a_model_with_a_quarter_of_one_layers_units_gone_is_finite(u
 
     valid = validation_text(Corpus(units / "text", "en", "de"), composed)
     assert evaluate(TranslationLoss(composed.network), valid, "cpu") < 20
+
+
+def test_a_model_with_skipped_sub_layers_is_pruned_again(units, tmp_path, monkeypatch):
+    """Nothing is left of them to remove, at any rate; the others lose their share of what is left."""
+    monkeypatch.chdir(tmp_path)
+    origin = model.load(units / "origin.pth")
+    attention, feed_forward = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
+    first = {attention: 1.0, feed_forward: 1.0}
+    for block, rates in scheme.make_scheme([first]).items():
+        for variant in variants.prune_block(origin, block, rates):
+            composition.install(origin, variant)
+    model.save(tmp_path / "skipped.pth", origin)
+    run("config_generator", "-m", "skipped.pth", "-o", "conf.json", "--attention", 0.5, "--feed-forward", 0.5,
+        "--linear", 0.2)
+    run("prune_scheme_generator", "-i", "conf.json", "-o", "scheme.json")
+    for criterion in ("l1", "obs"):
+        run("prune", "-m", "skipped.pth", "-c", "scheme.json", "-o", "bank.npy", "--criterion", criterion,
+            "--data", units / "text", "--overwrite")
+        run("compose_model", "-m", "skipped.pth", "-p", "bank.npy", "-c", "conf.json", "-n", 0, "-o", "again.pth",
+            "--overwrite")
+        again = model.load(tmp_path / "again.pth")
+        for name in (attention, feed_forward):
+            assert not used(again.network)[name].any()
+        assert int(used(again.network)["decoder.block.0.layer.0.SelfAttention"].sum()) == 2

@@ -29,7 +29,7 @@ def removed_count(rate: float, count: int) -> int:
 def check_removed(rate: float, count: int, what: str = "heads") -> int:
     """Return how many of ``count`` heads or units a rate removes, or raise `UserError` if one below 1 removes all."""
     removed = removed_count(rate, count)
-    if removed >= count and rate < 1:
+    if removed >= count > 0 and rate < 1:  # of a sub-layer that is skipped already nothing is left to remove
         raise UserError(f"pruning rate {rate:g} removes all {count} {what}; the highest that leaves one is below "
                         f"{(count - 0.5) / count:g}, and 1 skips the sub-layer")
     return removed

@@ -23,7 +23,7 @@ from common.pruning.criteria import removed_count
 from common.pruning.timing import full, side_by_side, thinned, translations
 from common.runtime import progress
 from common.t5.model import Model
-from common.t5.modules import prunable
+from common.t5.modules import kind_of, prunable
 from common.t5.network import initialize
 from common.t5.shrink import used
 from common.text.batches import Batches
@@ -125,12 +125,16 @@ def measure(model: Model, text: Batches, device) -> Latency:
     return Latency(fixed, table, conditions(device) | tokens)
 
 
-def saved(latency: Latency, model: Model, bank: Bank) -> tuple[dict[Key, int], int]:
-    """Return how many nanoseconds each variant of a bank saves, and how many the original takes.
+def check_bank(bank: Bank) -> None:
+    """Raise `UserError` if no variant of a bank saves time."""
+    if not any(kind_of(block) != "linear" and rates[0] for block, rates in bank.entries):
+        raise UserError(f"{bank.path}: its variants leave out single weights, which saves no time; what does are "
+                        "heads, hidden units and whole sub-layers: config_generator.py --attention 0.25 0.5 0.75 1 1 "
+                        "--feed-forward 0.25 0.5 0.75 0.9 1 makes configurations for a bank of them")
 
-    Raises:
-        UserError: none saves any.
-    """
+
+def saved(latency: Latency, model: Model, bank: Bank) -> tuple[dict[Key, int], int]:
+    """Return how many nanoseconds each variant of a bank saves, and how many the original takes."""
     there = {name: int(mask.sum()) for name, mask in used(model.network).items()}
     before = {name: latency.of(name, count) for name, count in there.items()}
     found = dict.fromkeys(bank.entries, 0)
@@ -138,10 +142,6 @@ def saved(latency: Latency, model: Model, bank: Bank) -> tuple[dict[Key, int], i
         if block in there:
             left = there[block] - removed_count(rates[0], there[block])
             found[block, rates] = round(1e9 * (before[block] - latency.of(block, left)))
-    if not any(found.values()):
-        raise UserError(f"{bank.path}: its variants leave out single weights, which saves no time; what does are "
-                        "heads, hidden units and whole sub-layers: config_generator.py --attention 0.25 0.5 0.75 1 1 "
-                        "--feed-forward 0.25 0.5 0.75 0.9 1 makes configurations for a bank of them")
     return found, round(1e9 * (latency.fixed + sum(before.values())))
 
 

@@ -18,7 +18,7 @@ from common.t5.modules import prunable
 from common.t5.network import T5
 from common.t5.shrink import shrink
 from common.text.batches import Batches
-from common.text.translation import translate
+from common.text.translation import limit, translate
 
 TURN = 4  # steps
 
@@ -86,7 +86,7 @@ def translations(model: Model, text: Batches, device) -> list[torch.Tensor]:
     """Return the model's own translations of each batch, (batch, longest), ends of sentences after the end."""
     config, made = model.network.config, []
     for batch in text.fixed(device):
-        ids = decode(model.network, batch["input_ids"], batch["attention_mask"], 2 * batch["input_ids"].shape[1] + 16)
+        ids = decode(model.network, batch["input_ids"], batch["attention_mask"], limit(batch))
         made.append(torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True,
                                                     padding_value=config.eos_token_id).to(device))
     return made

@@ -13,7 +13,7 @@ from common.t5.decoding import decode
 from common.t5.model import Model
 from common.text.batches import Batches
 
-LIMIT_RULE = "2 x source + 16"  # new tokens; source: tokens of the longest source sentence of the batch
+LIMIT_RULE = "2 x source + 16"  # `limit` of new tokens; source: tokens of the longest source sentence of the batch
 # Languages that put no spaces between words; sacreBLEU's default would take a sentence for one word.
 _BLEU_TOKENIZERS = {
     "zh": {"zh", "zho", "chi", "cmn", "yue", "wuu", "lzh", "nan", "hak", "gan", "cn"},
@@ -44,6 +44,11 @@ class Scores:
     notes: list[str] = field(default_factory=list)
 
 
+def limit(batch: dict) -> int:
+    """Return where a batch's translations are cut, in new tokens: `LIMIT_RULE`."""
+    return 2 * batch["input_ids"].shape[1] + 16
+
+
 def unknown(model: Model) -> int | None:
     """Return the id of the tokenizer's unknown token, which is no text, or None."""
     kind = json.loads(model.tokenizer_json).get("model") or {}
@@ -69,7 +74,7 @@ def translate(model: Model, batches: Batches, device, beams: int = 1,
         for examples in distributed.share(batches.epoch(None)):
             batch = batches.collate(examples, device)
             ids = decode(network, batch["input_ids"], batch["attention_mask"],
-                         max_new_tokens or 2 * batch["input_ids"].shape[1] + 16, beams)
+                         max_new_tokens or limit(batch), beams)
             unfinished += sum(row[-1] != config.eos_token_id for row in ids)
             tokens += sum(map(len, ids))
             nothing = config.eos_token_id, config.pad_token_id, no_text
