@@ -107,8 +107,9 @@ def test_recalibration_keeps_it_removed(rounds):
     recalibrate_composed(rounds.model(), model, rounds.tuned, rounds.text, "cpu")
     after = dict(model.network.named_parameters())
     assert stays_removed(rounds, after, model.masks)
-    for name in rounds.masks:  # a stack's first attention receives what it was tuned on
-        assert torch.equal(after[name], before[name]) == (".block.0.layer.0." in name), name
+    for name in rounds.masks:  # a stack's first attention receives what it was tuned on; by rounding it may move a little
+        moved = float((after[name] - before[name]).norm() / before[name].norm())
+        assert (moved < 0.01) == (".block.0.layer.0." in name), (name, moved)
 
 
 def test_recalibration_of_what_is_not_pruned_again_keeps_the_first_rounds_masks(rounds):
