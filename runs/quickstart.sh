@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain offline, in three to four minutes on two cores: a small trained T5 is pruned in two ways, and every
+# The whole chain offline, in two to three minutes on two cores: a small trained T5 is pruned in two ways, and every
 # pruned model is fine-tuned composed and the usual way. Results: out/quickstart.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
