@@ -86,8 +86,8 @@ def evaluate(path: Path, args, device) -> dict:
     corpus = cli.corpus(args, loaded)
     pairs = read_pairs(corpus, args.test_set)
     small = shrink(loaded).to(device)
-    checked, text = validation_text(corpus, loaded, BATCH_TOKENS), Batches(
-        pairs, loaded, BATCH_TOKENS // args.num_beams or 1)
+    checked = validation_text(corpus, loaded, BATCH_TOKENS)
+    text = Batches(pairs, loaded, BATCH_TOKENS // args.num_beams or 1)
     distributed.check_same({"model": loaded.identity, "validation text": checked.sha256, "test set": text.sha256})
     valid = loss.evaluate(loss.TranslationLoss(small), checked, device)
     made = translate(replace(loaded, network=small), text, device, args.num_beams, args.max_new_tokens)

@@ -10,6 +10,7 @@ ends when nothing is left that it could take, with exit code 2 if configurations
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import cli  # noqa: E402
 from common.errors import UserError, refuse  # noqa: E402
 from common.files.atomic import check_inputs, locked  # noqa: E402
+from common.files.jsonfile import read_json, write_json  # noqa: E402
 
 
 def stage(name: str):
@@ -35,6 +37,20 @@ def stage(name: str):
             module.main([*map(str, arguments), "--overwrite"])  # what is left of a killed worker
 
     return main
+
+
+def check_folder(folder: Path, inputs: dict[str, Path]) -> None:
+    """Raise `UserError` if what is finished in a folder was made from other files; they are noted in ``.inputs``."""
+    now, note = {}, folder / ".inputs"
+    for role, path in inputs.items():
+        with open(path, "rb") as file:
+            now[role] = hashlib.file_digest(file, "sha256").hexdigest()
+    if not note.exists():
+        write_json(note, now)
+    before = read_json(note)
+    other = [role for role in now if not isinstance(before, dict) or before.get(role) != now[role]]
+    if other:
+        raise UserError(f"{folder}: holds results of other inputs ({', '.join(other)}); name another folder")
 
 
 @contextlib.contextmanager
@@ -59,6 +75,7 @@ def main() -> int:
     model, bank, configurations, data, folder = map(Path, sys.argv[1:])
     check_inputs(model, bank, configurations)
     folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, {"model": model, "bank": bank, "configurations": configurations})
     compose, evaluate, refused = stage("compose_model"), stage("evaluate"), []
     for n in range(len(read_configurations(configurations))):
         composed, scores = folder / f"composed_{n}.pth", folder / f"scores_{n}.json"

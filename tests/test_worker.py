@@ -77,5 +77,14 @@ def test_a_configuration_that_is_refused_does_not_stop_the_others(work, worker):
     assert set(made_by(work / "done")) == {"composed_1.pth", "scores_1.json"}
 
 
+def test_a_folder_of_other_inputs_is_refused_and_stays(work, worker):
+    assert worker(*GIVEN, "done").code == 0
+    before = made_by(work / "done")
+    configurations = json.loads((work / "conf.json").read_text())
+    (work / "conf.json").write_text(json.dumps(configurations[::-1]))
+    refused(worker(*GIVEN, "done"), "done: holds results of other inputs (configurations); name another folder")
+    assert made_by(work / "done") == before
+
+
 def test_arguments_are_named(worker):
     refused(worker("origin.pth"), "give MODEL BANK CONF DATA FOLDER")

@@ -19,7 +19,7 @@ from common.errors import UserError, brief
 from common.files.atomic import write_bytes
 from common.files.jsonfile import read_measurement, sealed
 from common.pruning.bank import Bank, Key
-from common.pruning.criteria import removed_count
+from common.pruning.configurations import removed_count
 from common.pruning.timing import full, side_by_side, thinned, translations
 from common.runtime import progress
 from common.t5.model import Model

@@ -3,6 +3,7 @@
 So it is not checked whether the weights are whole; whoever uses them reads the file with `common.t5.model.load`.
 """
 
+import io
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ def read_header(path: Path) -> Header:
             if any(entry.compress_type or entry.file_size > size for entry in archive.infolist()):
                 raise ValueError("it is compressed")
             folder = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
-            with archive.open(f"{folder}data.pkl") as file:
-                content = _Unpickler(file).load()
+            # All of it, because zipfile compares the checksum at the end alone.
+            content = _Unpickler(io.BytesIO(archive.read(f"{folder}data.pkl"))).load()
             check_format(content, path)
             return _header(content, lambda key: archive.read(f"{folder}data/{key}"), path)
     except UserError:

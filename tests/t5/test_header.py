@@ -45,6 +45,18 @@ def test_a_file_that_is_none_or_cut_off_is_refused(made, tmp_path):
         read_header(tmp_path / "no.pth")
 
 
+def test_any_bit_flipped_where_it_reads_is_noticed(made, tmp_path):
+    """Of a model without masks that is the archive's data.pkl; weights are not read."""
+    path, whole = tmp_path / "m.pth", (made / "origin.pth").read_bytes()
+    with zipfile.ZipFile(made / "origin.pth") as archive:
+        entry = next(i for i in archive.infolist() if i.filename.endswith("data.pkl"))
+        start = whole.index(archive.read(entry))
+    for at in range(0, entry.file_size, max(entry.file_size // 60, 1)):
+        path.write_bytes(whole[:start + at] + bytes([whole[start + at] ^ 1]) + whole[start + at + 1:])
+        with pytest.raises(UserError, match="m.pth: "):
+            read_header(path)
+
+
 class Evil:
     def __reduce__(self):
         return print, ("run",)

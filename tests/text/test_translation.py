@@ -3,7 +3,6 @@
 import json
 import logging
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import sacrebleu
@@ -23,7 +22,6 @@ SENTENCES = {
     "lo": ["ໝາແລ່ນໄວໃນສວນ"], "km": ["ឆ្កែរត់លឿននៅក្នុងសួន"], "my": ["ခွေးသည်ပန်းခြံထဲတွင်လျင်မြန်စွာပြေးသည်"],
     "cs": ["Pes běží rychle v parku."], "ar": ["الكلب يجري بسرعة في الحديقة."],
 }
-CONFIG = SimpleNamespace(decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
 
 
 @pytest.fixture
