@@ -72,7 +72,7 @@ def tune_by_gradient(args, network, bank, writer, configurations, inputs, train,
     before, objective = judge.errors(valid, device), judge
     if joint:
         objective = JointTranslation(network, bank, device, configurations, args.seed)
-    options = cli.fit_options(args, max_grad_norm=1.0 if joint else None, decay=joint)
+    options = cli.fit_options(args, max_grad_norm=1.0 if joint else None)
     result = fit(objective, train, valid, options, device=device, fingerprint=fingerprint(vars(args), inputs))
     judge.masked = objective.masked
     table, after = [], judge.errors(valid, device)

@@ -103,18 +103,18 @@ def toolkit(loaded, pairs, valid, task: Task, folder: Path) -> dict:
     from common.text.batches import Batches
     from common.training.finetuning import set_dropout
     from common.training.loop import FitOptions, fit
-    from common.training.masks import Masks
+    from common.training.masks import Pruned
 
     options = FitOptions(epochs=1, lr=task.lr, stats=folder / "stats.csv", checkpoint=folder / "checkpoint",
                          max_grad_norm=CLIP)
-    if task.dropout is not None:
-        set_dropout(loaded.network, task.dropout)
     meter = Meter()
     meter.watch(valid)
     text = Batches(pairs, loaded, task.batch_tokens, task.seed)
     text.collate = counted = Counted(text.collate)
-    with Masks(loaded.network, loaded.masks):
-        fit(TranslationLoss(loaded.network), text, valid, options, device="cpu", fingerprint={}, log=lambda _: None)
+    with Pruned(loaded) as network:
+        if task.dropout is not None:
+            set_dropout(network, task.dropout)
+        fit(TranslationLoss(network), text, valid, options, device="cpu", fingerprint={}, log=lambda _: None)
     row = meter.stop()
     with open(options.stats, newline="") as stream:  # the weights are the best ones, which may be those of the start
         last = list(csv.DictReader(stream))[-1]

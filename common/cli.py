@@ -255,7 +255,7 @@ def add_passes(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str
                    help="statistics, one row an evaluation; plot_loss.py draws them")
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=count, default=epochs, metavar="N", help="passes over the training text")
-    g.add_argument("--lr", type=positive, default=lr, metavar="X", help="AdamW's learning rate")
+    g.add_argument("--lr", type=positive, default=lr, metavar="X", help="learning rate, falling to 0")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
     return g
 

@@ -12,7 +12,7 @@ from common.text.batches import Batches
 
 COLUMNS = ("epoch", "train_loss", "valid_loss", "train_seconds", "valid_seconds", "step", "learning_rate")
 FORMAT = "composable-pruning checkpoint"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2  # 2: of the shrunk network
 
 
 @dataclass

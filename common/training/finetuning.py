@@ -10,7 +10,7 @@ from common.t5.loss import TranslationLoss
 from common.t5.model import Model, save
 from common.text.batches import Batches
 from common.training.loop import FitOptions, FitResult, finish, fit
-from common.training.masks import Masks
+from common.training.masks import Pruned
 
 # Arguments that do not decide the result, or only when it is good enough.
 _FREE = ("resume", "overwrite", "device", "early_stop", "target_loss")
@@ -50,10 +50,10 @@ def finetune(stage: str, arguments: dict, model: Model, inputs: dict[str, Input]
                             "the same")
         teacher.network.to(device).eval().requires_grad_(False)
     inputs |= {"training text": train.as_input(), "validation text": valid.as_input()}
-    objective = TranslationLoss(model.network.to(device), teacher and teacher.network)
-    if options.dropout is not None:
-        set_dropout(model.network, options.dropout)
-    with Masks(model.network, model.masks):
+    with Pruned(model) as network:
+        objective = TranslationLoss(network.to(device), teacher and teacher.network)
+        if options.dropout is not None:
+            set_dropout(network, options.dropout)
         result = fit(objective, train, valid, options, device=device, fingerprint=fingerprint(arguments, inputs),
                      spent=spent)
     model.provenance = provenance(stage, arguments, inputs)

@@ -42,8 +42,8 @@ class FitOptions:
         stats: the CSV to write, one row an evaluation.
         checkpoint: the folder in which an interrupted run leaves its state.
         dropout: while training; None for the model's own.
-        decay: the learning rate falls linearly to 0.
-        from_scratch: for an untrained model: warm-up, decay, and embeddings that learn faster.
+        lr: the learning rate of the first step; it falls linearly to 0 at the end of the last epoch.
+        from_scratch: for an untrained model: warm-up, and embeddings that learn faster.
         max_grad_norm: None to leave gradients as they are.
     """
 
@@ -55,7 +55,6 @@ class FitOptions:
     target_loss: float | None = None
     eval_every: int | None = None
     resume: bool = False
-    decay: bool = False
     from_scratch: bool = False
     dropout: float | None = None
     max_grad_norm: float | None = 1.0
@@ -254,12 +253,8 @@ class _Run:
 
     def _learning_rate(self, total_batches: int) -> float:
         state, options = self.state, self.options
-        rate = options.lr
-        if options.from_scratch:
-            rate *= min(1.0, (state.step + 1) / WARMUP)
-        if options.decay or options.from_scratch:
-            rate *= 1 - (state.epoch + state.batch / total_batches) / options.epochs
-        return rate
+        rate = options.lr * (1 - (state.epoch + state.batch / total_batches) / options.epochs)
+        return rate * min(1.0, (state.step + 1) / WARMUP) if options.from_scratch else rate
 
     def _step(self, batches, total: int):
         state = self.state

@@ -1,34 +1,44 @@
-"""Masks kept in force while a model is trained."""
+"""A pruned model as it is trained: shrunk, with masks for the single weights that are removed from what is left."""
 
 from functools import partial
 
 import torch
 
+from common.t5.model import Model
+from common.t5.shrink import shrunk, used
 
-class Masks:
-    """While the block runs, removed weights get no gradient, so that AdamW leaves them exactly zero.
 
-    A removed weight is 0 and its moments stay 0, so neither the step nor weight decay moves it; its gradient counts in
-    no norm. (Bit-identical to masking in the forward pass, without a masked copy of the weights.)
+class Pruned:
+    """While the block runs, ``network`` is trained in the place of a model's own; then the model gets its weights.
+
+    What masks remove altogether (heads, hidden units, sub-layers) takes no part, and no time. A single removed weight
+    gets no gradient, so that AdamW leaves it exactly zero: its moments stay 0, so neither the step nor weight decay
+    moves it, and it counts in no norm. Up to rounding, that is masking in the forward pass.
     """
 
-    def __init__(self, network: torch.nn.Module, masks: dict[str, torch.Tensor]):
-        """``masks`` by weight name, True where a weight is kept. Mutates the network: removed weights become 0."""
-        self._handles = []
-        for name, mask in masks.items():
-            parameter = network.get_parameter(name)
-            mask = mask.to(parameter.device)
-            with torch.no_grad():
-                parameter.mul_(mask)
-            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, mask)))
+    def __init__(self, model: Model):
+        """``model`` is mutated: its network comes to the CPU, and removed weights become 0."""
+        self._whole, self._handles = model.network.cpu(), []
+        with torch.no_grad():
+            for name, mask in model.masks.items():
+                self._whole.get_parameter(name).mul_(mask)
+        self.network, self._origins = shrunk(self._whole, used(self._whole, model.masks))
+        for name, parameter in self.network.requires_grad_(True).named_parameters():
+            origin = self._origins[name]
+            mask = model.masks.get(origin.name)
+            if mask is not None and not (mask := origin.of(mask)).all():
+                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, mask)))
 
     def __enter__(self):
-        return self
+        return self.network
 
+    @torch.no_grad()
     def __exit__(self, *error):
         for handle in self._handles:
             handle.remove()
+        for name, parameter in self.network.named_parameters():
+            self._origins[name].write(parameter.cpu(), self._whole)
 
 
 def _mask_gradient(mask: torch.Tensor, parameter: torch.nn.Parameter) -> None:
-    parameter.grad.mul_(mask)
+    parameter.grad.mul_(mask.to(parameter.device))

@@ -37,7 +37,7 @@ def test_a_checkpoint_of_other_text_is_refused(folder):
 
 
 def test_a_checkpoint_of_another_version_is_refused(folder):
-    refused(folder, "checkpoint version 9, this toolkit reads 1; start anew without --resume", version=9)
+    refused(folder, "checkpoint version 9, this toolkit reads 2; start anew without --resume", version=9)
 
 
 def test_a_damaged_checkpoint_is_refused(folder):

@@ -15,7 +15,7 @@ from common.t5 import model as models
 from common.t5.loss import TranslationLoss, evaluate
 from common.training import checkpoint, loop
 from common.training.loop import FitOptions, fit
-from common.training.masks import Masks
+from common.training.masks import Pruned
 from tests.mutants import Toy, train_toy
 
 
@@ -23,12 +23,11 @@ def run(made, text, folder: Path, log=lambda text: None, **changes):
     """Train the small pruned model for two epochs; return (weights, result, statistics rows without times)."""
     torch.manual_seed(0)
     model = models.load(made / "pruned.pth")
-    objective = TranslationLoss(model.network)
     options = replace(FitOptions(epochs=2, lr=1e-2, stats=folder / "s.csv", checkpoint=folder / "cp"), **changes)
-    with Masks(model.network, model.masks):
-        result = fit(objective, *text, options, device="cpu", fingerprint={"a": 1}, log=log)
+    with Pruned(model) as network:
+        result = fit(TranslationLoss(network), *text, options, device="cpu", fingerprint={"a": 1}, log=log)
     rows = [row.split(",") for row in (folder / "s.csv").read_text().splitlines()]
-    return ({n: p.detach().clone() for n, p in objective.named_parameters()}, result,
+    return ({n: p.detach().clone() for n, p in model.network.named_parameters()}, result,
             [row[:3] + row[5:] for row in rows])
 
 
@@ -50,7 +49,7 @@ def test_training_lowers_the_loss_and_leaves_the_best_weights(made, text, tmp_pa
     before = evaluate(TranslationLoss(model.network), text[1], "cpu")
     weights, result, rows = run(made, text, tmp_path)
     assert result.best_loss < before and float(rows[1][2]) == before
-    model.network.load_state_dict({n.removeprefix("network."): w for n, w in weights.items()}, strict=False)
+    model.network.load_state_dict(weights, strict=False)
     assert evaluate(TranslationLoss(model.network), text[1], "cpu") == result.best_loss
     assert all(not model.network.get_parameter(name)[~mask].any() for name, mask in model.masks.items())
 
