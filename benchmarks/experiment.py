@@ -13,18 +13,15 @@ experiment.csv (a row for each configuration and arm) and the pictures into --re
     python benchmarks/experiment.py -m origin_model.pth --data multi30k --out out/experiment
 """
 
-import csv
 import json
-import os
 import random
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import stages  # noqa: E402
 from common import cli  # noqa: E402
 
 TARGETS = (0.10, 0.05, 0.03, 0.01)  # validation loss above the dense model's, as a fraction
@@ -46,16 +43,8 @@ class Experiment:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def stage(self, output: Path, name: str, *arguments, resume: bool = False) -> None:
-        """Run a stage unless its output is there; what it said is kept beside the output."""
-        log = output.with_suffix(output.suffix + ".log")
-        if not output.exists() or not log.exists():
-            output.unlink(missing_ok=True)
-            command = [sys.executable, ROOT / f"{name}.py", *arguments, *["--resume", "--overwrite"] * resume]
-            done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
-                                  env=os.environ | {"OMP_NUM_THREADS": str(self.args.threads)})
-            if done.returncode:
-                raise SystemExit(f"{' '.join(map(str, command))}\n{done.stderr}")
-            log.write_text(done.stderr + done.stdout, encoding="utf-8")
+        """Run a stage unless its output is there."""
+        stages.run(output, self.args.threads, name, *arguments, resume=resume)
 
     def seed(self, folder: Path) -> list[str]:
         """Return the flags of a folder's seed; that of the learning rates has 0."""
@@ -109,9 +98,7 @@ class Experiment:
         else:
             bank = folder / ("tuned.npy" if arm == "composed" else "joint.npy")
             self.stage(output, "model-level_finetuning", *chosen, "-p", bank, "--distillation", *flags, resume=True)
-        with open(stats, newline="") as file:
-            rows = [{k: float(row[k]) for k in ("step", "valid_loss", "train_seconds", "valid_seconds")}
-                    for row in csv.DictReader(file)]
+        rows = stages.curve(stats)
         seconds = [sum(r["train_seconds"] for r in rows[1:i + 1]) for i in range(len(rows))]
         return {"arm": arm, "configuration": n, "lr": lr, "setup_seconds": rows[0]["train_seconds"],  # of the sweep
                 "steps": [int(r["step"]) for r in rows], "loss": [r["valid_loss"] for r in rows],
@@ -128,8 +115,7 @@ class Experiment:
 
 def spent(path: Path) -> float:
     """Return the training seconds in a statistics file."""
-    with open(path, newline="") as file:
-        return round(sum(float(row["train_seconds"]) for row in csv.DictReader(file)), 2)
+    return round(sum(row["train_seconds"] for row in stages.curve(path)), 2)
 
 
 def mean_rates(configuration: dict) -> list[float]:

@@ -7,12 +7,14 @@ the same sentences in batches of the same size, each of similar source length, a
 row and round has a fresh process. Two modes:
 
   -m DENSE PRUNED   two model files translate a test set; BLEU, too
-  --shape NAME      random weights of that shape, pruned here (l1); every sentence and every translation has 15 tokens
+  --shape NAME      random weights of that shape, pruned here (l1) at uniform rates, or as a configuration of another
+                    model says, stretched to this depth; every sentence and every translation has 15 tokens
 
 Time runs from the strings to the translated strings, greedily. Prints a table, ratios first; --json writes every round.
 
     python benchmarks/inference.py -m origin_model.pth composed_model.pth --data multi30k --json inference.json
     python benchmarks/inference.py --shape t5-small --heads 0.5 --units 0.5 --skip-decoder 0.5 --vocabulary 8000
+    python benchmarks/inference.py --shape t5-small -c conf.json -n 2 --same-heads --vocabulary 8000
 """
 
 import random
@@ -38,16 +40,40 @@ PROGRAMS = {"dense": ("whole", "dense"), "masked": ("whole", "pruned"), "shrunk"
         ("transformers", "CTranslate2", "CTranslate2 int8"), EXPORTS, strict=True) for model in ("dense", "pruned")}
 
 
-def make(folder: Path, shape: dict, heads: float, units: float, skip: float, vocabulary: int, same_heads: bool) -> None:
+def uniform(kinds: dict[str, str], depth: int, heads: float, units: float, skip: float) -> dict[str, float]:
+    """Return a configuration with these rates that skips a fraction of the decoder's blocks, spread evenly."""
+    from common.pruning import configurations
+
+    skipped = [i for i in range(depth) if int((i + 1) * skip) > int(i * skip)]
+    return configurations.uniform(kinds, heads, 0.0, units) | {
+        name: 1.0 for name, kind in kinds.items() if kind != "linear" and name.startswith("decoder")
+        and int(name.split(".")[2]) in skipped}
+
+
+def stretched(configuration: dict[str, float], kinds: dict[str, str], depth: int, blocks: int) -> dict[str, float]:
+    """Return a configuration of a model of ``blocks`` blocks a stack for one of ``depth``: each block gives its rates
+    to those at the same relative depth."""
+    found = {}
+    for name in kinds:
+        parts = name.split(".")
+        parts[2] = str(int(parts[2]) * blocks // depth)
+        found[name] = configuration.get(".".join(parts), 0.0)
+    return {name: rate for name, rate in found.items() if rate or kinds[name] == "attention"}
+
+
+def make(folder: Path, shape: dict, rates: tuple, vocabulary: int, same_heads: bool) -> None:
     """Write dense.pth, a T5 with random weights and words for tokens, and pruned.pth.
 
     The rows of the end token and of padding are 0, and so are their logits. Out of thousands of others one is always
     higher, so no translation ends before its limit.
+
+    Args:
+        rates: fractions of heads, units and decoder blocks removed, or a configuration and its number of blocks.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from common.pruning import composition, configurations, scheme, variants
+    from common.pruning import composition, scheme, variants
     from common.t5 import model, modules, network
     from common.t5.vocabulary import cut_network
 
@@ -65,14 +91,13 @@ def make(folder: Path, shape: dict, heads: float, units: float, skip: float, voc
         made.network.shared.weight[:2] = 0
         if same_heads:  # l1 keeps the larger ones
             for name in (name for name, kind in kinds.items() if kind == "attention"):
-                made.network.get_submodule(name).v.weight[:round((1 - heads) * shape["num_heads"]) * 64] *= 2
+                weight = made.network.get_submodule(name).v.weight
+                weight *= torch.arange(shape["num_heads"], 0, -1).repeat_interleave(64)[:, None]
     model.save(folder / "dense.pth", made)
     if vocabulary < VOCABULARY:
         made = model.Model(cut_network(made.network, list(range(vocabulary))), tokenizer(vocabulary))
-    chosen = configurations.uniform(kinds, heads, 0.0, units)
-    skipped = [i for i in range(shape["num_layers"]) if int((i + 1) * skip) > int(i * skip)]  # spread evenly
-    chosen |= {name: 1.0 for name, kind in kinds.items() if kind != "linear" and name.startswith("decoder")
-               and int(name.split(".")[2]) in skipped}
+    chosen = uniform(kinds, shape["num_layers"], *rates) if len(rates) > 2 else \
+        stretched(rates[0], kinds, shape["num_layers"], rates[1])
     for variant in variants.prune_scheme(made, scheme.make_scheme([chosen])):
         composition.install(made, variant)
     model.save(folder / "pruned.pth", made)
@@ -118,6 +143,8 @@ def main(argv=None) -> int:
     p.add_argument("--units", type=cli.rate, default=0.5, metavar="RATE", help="fraction of hidden units removed")
     p.add_argument("--skip-decoder", type=cli.rate, default=0.0, metavar="RATE",
                    help="fraction of decoder blocks left out")
+    p.add_argument("-c", "--configurations", type=Path, metavar="FILE", help="configurations of another model, instead")
+    p.add_argument("-n", "--number", type=int, default=0, metavar="NTH", help="which of them, counted from 0")
     p.add_argument("--same-heads", action="store_true",
                    help="remove the same heads in every layer (default: any, so that they differ by layer)")
     p.add_argument("--vocabulary", type=cli.count, default=VOCABULARY, metavar="N",
@@ -143,8 +170,13 @@ def main(argv=None) -> int:
         files = {which: folder / f"{which}.pth" for which in ("dense", "pruned")}
         if args.shape:
             args.max_new_tokens = LENGTH
-            fresh(1, make, folder, SHAPES[args.shape], args.heads, args.units, args.skip_decoder, args.vocabulary,
-                  args.same_heads)
+            rates = args.heads, args.units, args.skip_decoder
+            if args.configurations:
+                from common.pruning.configurations import read_configurations
+
+                every = read_configurations(args.configurations)
+                rates = every[args.number], 1 + max(int(name.split(".")[2]) for c in every for name in c)
+            fresh(1, make, folder, SHAPES[args.shape], rates, args.vocabulary, args.same_heads)
         else:
             files = dict(zip(files, args.model, strict=True))
         needed = {which: [e for e in EXPORTS if ("-".join(e), which) in map(PROGRAMS.get, args.programs)]
@@ -179,7 +211,7 @@ def main(argv=None) -> int:
             f"{r['tokens'] / median(r['seconds']):,.0f}", f"{r['mb']:.1f}", f"{median(r['peak_mb']):,.0f}",
             "–" if r["bleu"] is None else f"{r['bleu']:.2f}"] for r in rows])
     rounds.finish(args, machine=machine, sentences=len(pairs), shape=args.shape and {
-        key: getattr(args, key) for key in ("shape", "heads", "units", "skip_decoder", "same_heads", "vocabulary")},
+        "shape": args.shape, "rates": rates, "same_heads": args.same_heads, "vocabulary": args.vocabulary},
         rows=rows)
     return 0
 

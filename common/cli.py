@@ -263,7 +263,7 @@ def add_passes(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str
 def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: str) -> None:
     """Add the flags of the two stages that train complete models; `fit_options` reads them."""
     g = add_passes(p, epochs=epochs, lr=lr, stats=stats)
-    g.add_argument("--batch-tokens", type=count, default=2048, metavar="N",
+    g.add_argument("--batch-tokens", type=count, default=1024, metavar="N",
                    help="tokens a step, padding included, of the longer side")
     g.add_argument("--eval-every", type=count, metavar="STEPS",
                    help="steps between two validations (default: once an epoch)")

@@ -2,15 +2,6 @@
 # Expects: python, out (folder), origin (dense .pth), data and train (arrays of flags). A file that is there is not made
 # again, so a run that was stopped goes on where it was. ATTENTION and LINEAR are the rates of the configurations.
 
-make() { # make FILE COMMAND…: run the command unless its output is there
-    local file=$1
-    shift
-    if [ ! -e "$file" ]; then
-        echo "== $*"
-        "$python" "$@"
-    fi
-}
-
 make "$out/conf.json" config_generator.py -m "$origin" -o "$out/conf.json" \
     --attention ${ATTENTION:-0.25 0.375 0.5} --linear ${LINEAR:-0.5 0.65 0.8}
 make "$out/conf_prune.json" prune_scheme_generator.py -i "$out/conf.json" -o "$out/conf_prune.json"

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: goes to the repository's root and makes sure that .venv has what is required.
+# Sourced by the other scripts: goes to the repository's root and makes sure that .venv has what is required; `make`.
 # PYTHON chooses the interpreter (3.11 or newer). For a CPU-only PyTorch on Linux, tell pip where it is first, see
 # the README.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -10,3 +10,12 @@ if ! cmp -s <(cat requirements.txt $requirements) .venv/installed.txt; then
     cat requirements.txt $requirements > .venv/installed.txt
 fi
 python=$PWD/.venv/bin/python
+
+make() { # make FILE COMMAND…: run the command unless its output is there
+    local file=$1
+    shift
+    if [ ! -e "$file" ]; then
+        echo "== $*"
+        "$python" "$@"
+    fi
+}

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files.atomic import write_bytes
 from common.files.jsonfile import read_measurement, sealed
 from common.pruning.bank import Bank, Key
-from common.pruning.configurations import Configuration
+from common.pruning.configurations import Configuration, required_variants
 from common.runtime import progress
 from common.t5.loss import TranslationLoss, evaluate
 from common.t5.model import Model
@@ -30,6 +30,8 @@ VALIDATION_SENTENCES = 400  # that losses are measured on
 VERSION = 1
 RESOLUTION = 20_000  # sizes that a front tells apart
 LARGEST = 1e6  # loss that a file may hold; sums of more could overflow
+LEFT = 0.25  # share of what a composed model's loss lies above the original's that a short fine-tuning leaves, at first
+MARGIN = 0.9  # after a failure, so much of what it says can be allowed
 
 
 @dataclass
@@ -119,6 +121,35 @@ class Front:
         """Return the place of the smallest configuration with a predicted loss of at most ``target``."""
         found = np.flatnonzero(self.losses <= target)
         return int(found[-1]) if len(found) else None
+
+
+def predict(found: Sensitivity, configuration: Configuration) -> float:
+    """Return the loss expected of a configuration, composed and recalibrated: the variants' costs added up.
+
+    Raises:
+        KeyError: a variant has not been measured.
+    """
+    return found.dense + sum(found.losses[key] - found.dense for key in required_variants(configuration).items())
+
+
+def aim(limit: float, dense: float, failed: list[tuple[float, float]]) -> float:
+    """Return what a composed model's predicted loss may lie above the original's, to be at most ``limit`` once trained.
+
+    The loss after a short fine-tuning is expected on a line over the predicted loss. At first it starts at the
+    original's and rises by `LEFT`; then it goes through what trainings gave that failed. Below 0: none.
+
+    Args:
+        dense: the original's validation loss, of the text that ``limit`` is of.
+        failed: of each training so far, what was predicted above the original's, and the loss that it ended with.
+    """
+    floor, slope = dense, LEFT
+    for i, (above, loss) in enumerate(failed):
+        before, other = failed[i - 1] if i else (0.0, dense)
+        if abs(above - before) > 1e-3 and (loss - other) / (above - before) > 0.01 and (i or limit > dense):
+            slope = (loss - other) / (above - before)
+        floor = loss - slope * above
+    allowed = (limit - floor) / slope
+    return min(MARGIN * allowed, *(MARGIN * above for above, _ in failed)) if failed else allowed
 
 
 def removed_weights(model: Model, bank: Bank) -> tuple[dict[Key, int], int, int]:

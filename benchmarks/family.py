@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Make a family of fast models out of one bank, and measure what each translates like after one epoch.
+
+Members are searched for the speed of a larger T5, whose shape decides what heads, units and words cost: as time count
+the multiply-adds for a source and a target token at that shape, the smaller vocabulary included. Each is composed,
+recalibrated and trained for one epoch with distillation, and scored. Its speed at that shape is measured by
+benchmarks/inference.py -c OUT/conf.json -n N; --speeds draws quality against what that wrote. Resumable.
+
+    python benchmarks/family.py -m origin_model.pth -p finetuned_modules.npy --data multi30k --out out/family
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import stages  # noqa: E402
+from benchmarks.inference import SHAPES, VOCABULARY  # noqa: E402
+from benchmarks.rounds import spread, table  # noqa: E402
+from common import cli  # noqa: E402
+
+
+def configurations(args) -> list[dict[str, float]]:
+    """Return the best configuration for each of --speedup, by multiply-adds at the shape."""
+    from common.pruning import bank, search
+    from common.pruning.configurations import removed_count
+    from common.t5 import model
+    from common.t5.shrink import used
+
+    opened, measured = bank.load(args.bank), args.bank.with_suffix(".sensitivity.json")
+    content = json.loads(measured.read_text(encoding="utf-8"))
+    found = search.Sensitivity(content["dense"], {
+        (row["block"], tuple(row["rates"])): row["validation_loss"] for row in content["variants"]})
+    counts = {name: len(mask) for name, mask in used(model.load(args.model).network).items()}
+    shape = SHAPES[args.shape]
+    d, deeper = shape["d_model"], shape["num_layers"] / (1 + max(int(name.split(".")[2]) for name in counts))
+    cost = {name: round(deeper * (2 if name.endswith("DenseReluDense") else 4) * d
+                        * (shape["d_ff"] if name.endswith("DenseReluDense") else 64 * shape["num_heads"]))
+            for name in counts}
+    saved = {key: round(cost[key[0]] * removed_count(key[1][0], counts[key[0]]) / counts[key[0]])
+             if key[0] in counts else 0 for key in opened.entries}
+    dense = sum(cost.values()) + VOCABULARY * d
+    front = search.front(found, saved, sum(cost.values()) + args.vocabulary * d)
+    places = [front.at_size(dense / speed) for speed in args.speedup]
+    for speed, place in zip(args.speedup, places, strict=True):
+        print(f"{speed:g} times fewer multiply-adds: expected loss {front.losses[place]:.4f}")
+    return [front.configuration(place) for place in places]
+
+
+def train(args, n: int, seed: int) -> dict:
+    """Train a member with a seed; return its scores."""
+    output = args.out / f"member{n}_seed{seed}.pth"
+    scores, text = output.with_suffix(".json"), ["--data", args.data]
+    stages.run(output, 1, "model-level_finetuning", "-m", args.model, "-p", args.bank, "-c", args.out / "conf.json",
+               "-n", n, "-o", output, "--stats", output.with_suffix(".csv"), "--distillation", "--epochs", 1,
+               "--dropout", 0, "--lr", args.lr, "--seed", seed, *text, resume=True)
+    stages.run(scores, 1, "evaluate", "-m", output, "--json", scores, "--overwrite", *text)
+    keys = ("bleu", "chrf", "validation_loss", "shrunk_parameters", "parameters", "hit_limit", "bytes")
+    row = json.loads(scores.read_text(encoding="utf-8"))[0]
+    return {"member": n, "seed": seed, "start": stages.curve(output.with_suffix(".csv"))[0]["valid_loss"],
+            **{key: row[key] for key in keys}}
+
+
+def draw(path: Path, result: dict, speeds: list[Path]) -> None:
+    """Draw BLEU against the measured speed, one line a runtime, and the dense model's as a dotted line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = {}
+    for n, file in enumerate(speeds):
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            if row["program"] in ("shrunk", "CTranslate2, pruned") and row["batch"] > 1:
+                name = f"{'this toolkit' if row['program'] == 'shrunk' else 'CTranslate2'}, {row['threads']} thread" + (
+                    "s" * (row["threads"] > 1))
+                lines.setdefault(name, []).append((median(row["speed_up_in_runtime"]), n))
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for name, points in lines.items():
+        bleu = [median(r["bleu"] for r in result["rows"] if r["member"] == n) for _, n in points]
+        axes.plot([speed for speed, _ in points], bleu, "o-", label=name)
+    dense = result["dense"]["bleu"]
+    axes.axhline(dense, color="black", linestyle=":", label="dense")
+    axes.axhline(0.95 * dense, color="gray", linestyle=":", label="95 %")
+    axes.set(xlabel=f"times as fast as dense in the same runtime, {result['shape']}'s shape, batches",
+             ylabel="BLEU (test_2016_flickr)")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main(argv=None) -> int:
+    p = cli.parser(__doc__)
+    cli.add_model(p)
+    p.add_argument("-p", "--bank", type=Path, default=Path("finetuned_modules.npy"), metavar="BANK",
+                   help="tuned bank whose variants have been searched (BANK.sensitivity.json)")
+    cli.add_data(p, limit=False)
+    p.add_argument("--out", type=Path, default=Path("out/family"), metavar="DIR", help="where models go")
+    p.add_argument("--shape", choices=list(SHAPES), default="t5-small", help="whose speed counts")
+    p.add_argument("--vocabulary", type=cli.count, default=8000, metavar="N", help="tokens of the pruned models there")
+    p.add_argument("--speedup", type=cli.positive, nargs="+", default=[2, 3, 3.8, 4.6], metavar="S",
+                   help="times fewer multiply-adds there")
+    p.add_argument("--lr", type=cli.positive, default=4e-3, metavar="X", help="learning rate")
+    p.add_argument("--seeds", type=cli.count, default=1, metavar="N", help="trainings of each member")
+    p.add_argument("--jobs", type=cli.count, default=1, metavar="N", help="trainings at once")
+    p.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR", help="where results go")
+    p.add_argument("--speeds", type=Path, nargs="+", metavar="JSON", help="what inference.py wrote, a member each")
+    args = p.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.results / "family.json"
+    if args.speeds:
+        draw(args.results / "family.png", json.loads(path.read_text(encoding="utf-8")), args.speeds)
+        return 0
+    conf = args.out / "conf.json"
+    if not conf.exists():
+        conf.write_text(json.dumps(configurations(args)), encoding="utf-8")
+    dense = args.out / "dense.json"
+    stages.run(dense, 1, "evaluate", "-m", args.model, "--json", dense, "--overwrite", "--data", args.data)
+    members = range(len(json.loads(conf.read_text(encoding="utf-8"))))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(lambda job: train(args, *job), [(n, s) for s in range(args.seeds) for n in members]))
+    first = json.loads(dense.read_text(encoding="utf-8"))[0]
+    table(["member", "fewer multiply-adds", "weights left", "loss composed", "loss trained", "BLEU", "of dense BLEU",
+           "chrF"],
+          [[str(n), f"{args.speedup[n]:g}", f"{own[0]['shrunk_parameters'] / own[0]['parameters']:.0%}",
+            *(spread([r[key] for r in own]) for key in ("start", "validation_loss", "bleu")),
+            f"{median(r['bleu'] for r in own) / first['bleu']:.1%}", spread([r["chrf"] for r in own])]
+           for n in members for own in ([r for r in rows if r["member"] == n],)])
+    path.write_text(json.dumps({
+        "dense": {key: first[key] for key in ("bleu", "chrf", "validation_loss")}, "shape": args.shape,
+        "vocabulary": args.vocabulary, "speedup": args.speedup, "lr": args.lr, "rows": rows,
+        "configurations": json.loads(conf.read_text(encoding="utf-8"))}) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
