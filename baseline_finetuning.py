@@ -22,7 +22,7 @@ def build_parser():
     p.add_argument("--teacher", type=Path, metavar="MODEL",
                    help="the original: half of each target follows its distribution, for 1.5 times the time a step")
     p.add_argument("--from-scratch", action="store_true",
-                   help="for an untrained model: the learning rate warms up, that of embeddings is higher")
+                   help="for an untrained model: embeddings learn faster")
     cli.add_data(p)
     cli.add_seed(p)
     cli.add_device(p)

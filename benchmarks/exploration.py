@@ -38,7 +38,7 @@ RATES = (0.0, 0.25, 0.5, 0.75)
 ALPHAS = (-0.03, 0.0, 0.02, 0.05)
 SUBSPACES = (4, 16, 64, 256)
 GRID = {"published": ((1e-3, 0.0), (2e-3, 0.0), (4e-3, 0.0), (2e-3, None)),  # learning rate, dropout (None: 0.1)
-        "same": ((4e-3, 0.0),), "ours": ((4e-3, 0.0),)}
+        "same": ((4e-3, 0.0),), "ours": ((2e-3, 0.0),)}
 SHORT = 10_000  # pairs of ours' short fine-tuning
 EVERY = {"published": 80, "same": 80, "ours": 40}  # steps between validations
 TIMED = (50, 150, 250, 350, 450)  # places in the list of configurations that --time trains

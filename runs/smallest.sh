@@ -15,7 +15,7 @@ model=${1:?MODEL DATA_DIR ALPHA [OUT]} alpha=${3:?MODEL DATA_DIR ALPHA [OUT]}
 out=$(realpath -m "${4:-out/smallest}")
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 mkdir -p "$out"
-train=(--epochs 1 --max-train-sentences "${PAIRS:-10000}" ${TRAIN:---distillation --dropout 0 --lr 4e-3 --eval-every 40})
+train=(--epochs 1 --max-train-sentences "${PAIRS:-10000}" ${TRAIN:---distillation --dropout 0 --lr 2e-3 --eval-every 40})
 
 make "$out/origin.pth" download_model.py -m "$model" -o "$out/origin.pth"
 make "$out/scores.json" evaluate.py -m "$out/origin.pth" --json "$out/scores.json" "${data[@]}"

@@ -30,7 +30,7 @@ VALIDATION_SENTENCES = 400  # that losses are measured on
 VERSION = 1
 RESOLUTION = 20_000  # sizes that a front tells apart
 LARGEST = 1e6  # loss that a file may hold; sums of more could overflow
-LEFT = 0.25  # share of what a composed model's loss lies above the original's that a short fine-tuning leaves, at first
+LEFT = 0.5  # share of what a composed model's loss lies above the original's that a short fine-tuning leaves, at first
 MARGIN = 0.9  # after a failure, so much of what it says can be allowed
 
 

@@ -31,7 +31,8 @@ WEIGHT_DECAY = 0.01
 VALIDATION_SHARE = 0.1  # of the time; more is reported
 # From scratch: T5's embeddings start with a standard deviation of 1, so that with the others' learning rate AdamW
 # hardly moves them (validation loss after the first epoch 4.86; with six times the rate 4.24).
-WARMUP, EMBEDDING_FACTOR = 80, 6.0
+EMBEDDING_FACTOR = 6.0
+WARMUP = 0.05  # of all steps
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class FitOptions:
         stats: the CSV to write, one row an evaluation.
         checkpoint: the folder in which an interrupted run leaves its state.
         dropout: while training; None for the model's own.
-        lr: the learning rate of the first step; it falls linearly to 0 at the end of the last epoch.
-        from_scratch: for an untrained model: warm-up, and embeddings that learn faster.
+        lr: the learning rate, which rises for the first `WARMUP` of all steps and then falls linearly to 0.
+        from_scratch: for an untrained model: embeddings learn faster.
         max_grad_norm: None to leave gradients as they are.
     """
 
@@ -253,8 +254,8 @@ class _Run:
 
     def _learning_rate(self, total_batches: int) -> float:
         state, options = self.state, self.options
-        rate = options.lr * (1 - (state.epoch + state.batch / total_batches) / options.epochs)
-        return rate * min(1.0, (state.step + 1) / WARMUP) if options.from_scratch else rate
+        done = (state.epoch + state.batch / total_batches) / options.epochs
+        return options.lr * min(1 - done, (done + 1 / (total_batches * options.epochs)) / WARMUP)
 
     def _step(self, batches, total: int):
         state = self.state

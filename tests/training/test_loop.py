@@ -111,11 +111,11 @@ def test_eval_every_counts_steps_and_an_epoch_ends_with_a_validation(tmp_path):
     assert [int(row[3]) for row in rows_of(tmp_path)] == [0, 2, 3, 4, 6, 8]
 
 
-def test_from_scratch_the_learning_rate_warms_up_and_falls(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "WARMUP", 4)
-    train_toy(tmp_path, epochs=5, from_scratch=True, eval_every=1, lr=1e-3)
+def test_the_learning_rate_warms_up_and_falls(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "WARMUP", 0.4)
+    train_toy(tmp_path, epochs=5, eval_every=1, lr=1e-3)
     rates = [float(row[4]) for row in rows_of(tmp_path)[1:]]
-    assert rates == pytest.approx([1e-3 * min(1, step / 4) * (1 - (step - 1) / 10) for step in range(1, 11)], rel=1e-9)
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 7e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4], rel=1e-9)
 
 
 def test_from_scratch_embeddings_learn_faster(origin, tmp_path):
