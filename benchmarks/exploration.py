@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from threading import Lock
 
 import numpy as np
 
@@ -37,7 +38,7 @@ from common import cli  # noqa: E402
 RATES = (0.0, 0.25, 0.5, 0.75)
 ALPHAS = (-0.03, 0.0, 0.02, 0.05)
 SUBSPACES = (4, 16, 64, 256)
-GRID = {"published": ((1e-3, 0.0), (2e-3, 0.0), (4e-3, 0.0), (2e-3, None)),  # learning rate, dropout (None: 0.1)
+GRID = {"published": ((2e-3, 0.0), (4e-3, 0.0), (2e-3, None)),  # learning rate, dropout (None: 0.1)
         "same": ((4e-3, 0.0),), "ours": ((2e-3, 0.0),)}
 SHORT = 10_000  # pairs of ours' short fine-tuning
 EVERY = {"published": 80, "same": 80, "ours": 40}  # steps between validations
@@ -63,6 +64,7 @@ class Exploration:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.text, self.model = ["--data", args.data], args.model
         self.rows: dict[tuple, dict] = {}
+        self._jobs, self._lock = {}, Lock()
         self.best_of: dict[str, tuple] = {}  # learning rate and dropout of an arm
         self._banks()
         self.configurations = self._draw()
@@ -159,18 +161,23 @@ class Exploration:
 
     def known(self, arm: str, places) -> None:
         """Train what is not trained yet."""
-        missing = [place for place in places if (arm, place) not in self.rows]
-        for place, row in zip(missing, self.pool.map(lambda place: self.train(arm, place), missing), strict=True):
-            self.rows[arm, place] = row
-        if missing:
-            print(f"seed {self.seed}, {arm}: {len([k for k in self.rows if k[0] == arm])} trained", flush=True)
+        self.results(arm, {place: place for place in places})
+
+    def results(self, arm: str, wanted: dict) -> None:
+        """Train configurations, {key: configuration or its place}, those that others wait for once; wait for all."""
+        with self._lock:
+            for key, configuration in wanted.items():
+                if (arm, key) not in self._jobs:
+                    self._jobs[arm, key] = self.pool.submit(self.train, arm, configuration)
+        for key in wanted:
+            self.rows[arm, key] = self._jobs[arm, key].result()
 
     def best(self, arm: str, place: int) -> float:
         return min(self.rows[arm, place]["loss"])
 
     def first(self, arm: str, limit: float, trained=None) -> int | None:
         """Return the first place, from small to large, that is known to meet a limit."""
-        good = sorted(place for a, place in self.rows if a == arm and (trained is None or place in trained)
+        good = sorted(place for a, place in list(self.rows) if a == arm and (trained is None or place in trained)
                       and self.best(arm, place) <= limit)
         return good[0] if good else None
 
@@ -226,8 +233,7 @@ class Exploration:
             key = str(chosen)
             if any(r["key"] == key for r in runs):
                 return {"runs": runs, "found": None}
-            if ("ours", key) not in self.rows:
-                self.rows["ours", key] = self.train("ours", chosen)
+            self.results("ours", {key: chosen})
             row = self.rows["ours", key]
             runs.append({"kept": row["kept"], "predicted": row["predicted"], "loss": min(row["loss"]), "key": key,
                          "aim": most})
@@ -252,6 +258,18 @@ def settings(e: Exploration) -> tuple[list[dict], dict]:
         r["arm"]: (r["lr"], r["dropout"]) for r in sorted(rows, key=lambda r: -min(r["loss"]))}
 
 
+def find(e: Exploration, alpha: float, limit: float) -> dict:
+    """Return what every arm finds for a limit."""
+    args = e.args
+    if e.seed or not args.every:
+        place = e.bisect("published", limit)["found"]
+        e.known("published", range(max(place - args.near, 0), place) if place is not None else [])
+    counts = [*(SUBSPACES if alpha == args.headline else ()), args.configurations, None]
+    ours = {str(count): e.propose(e.candidates(count), limit) for count in counts}
+    found = {"limit": limit, "published": e.first("published", limit), "same": e.bisect("same", limit), "ours": ours}
+    return found | {"scores": scored(e, found)}
+
+
 def explore(args) -> dict:
     """Train what is needed and not there yet; return every curve and what each arm found."""
     dense = stages_scores(args, args.out / "dense.json", [args.model])[0]
@@ -269,17 +287,9 @@ def explore(args) -> dict:
             if not seed and args.every:
                 e.sample("published", args.every, [limits[alpha] for alpha in ALPHAS])
             row = {"seed": seed, "kept": [e.kept(c) for c in e.configurations], "present": e.present, "alphas": {}}
-            for alpha in wanted:
-                if seed or not args.every:
-                    place = e.bisect("published", limits[alpha])["found"]
-                    e.known("published", range(max(place - args.near, 0), place) if place is not None else [])
-                counts = [*SUBSPACES, args.configurations, None] if alpha == args.headline else [args.configurations,
-                                                                                                 None]
-                ours = {str(count): e.propose(e.candidates(count), limits[alpha]) for count in counts}
-                same = e.bisect("same", limits[alpha])
-                row["alphas"][str(alpha)] = {"limit": limits[alpha], "published": e.first("published", limits[alpha]),
-                                             "same": same, "ours": ours}
-                row["alphas"][str(alpha)]["scores"] = scored(e, row["alphas"][str(alpha)], args)
+            with ThreadPoolExecutor(len(wanted)) as side:
+                found = side.map(lambda alpha, e=e: find(e, alpha, limits[alpha]), wanted)
+                row["alphas"] = {str(alpha): arms for alpha, arms in zip(wanted, found, strict=True)}
             row["rows"] = list(e.rows.values())
             result["seeds"].append(row)
             print(f"seed {seed} done", flush=True)
@@ -293,11 +303,11 @@ def stages_scores(args, output: Path, models: list[Path]) -> list[dict]:
     return [{key: row[key] for key in keys} for row in json.loads(output.read_text(encoding="utf-8"))]
 
 
-def scored(e: Exploration, found: dict, args) -> dict:
+def scored(e: Exploration, found: dict) -> dict:
     """Return the scores of what each arm found, each trained no further than the limit."""
     chosen = {"published": found["published"], "same": found["same"]["found"]}
     chosen |= {f"ours {name}": found["ours"][name]["found"] and found["ours"][name]["found"]["key"]
-               for name in (str(args.configurations), "None")}
+               for name in (str(e.args.configurations), "None")}
     result = {}
     for name, key in chosen.items():
         if key is not None:
@@ -306,7 +316,7 @@ def scored(e: Exploration, found: dict, args) -> dict:
             row = e.train(arm, place if place is not None else e.rows[arm, key]["configuration"],
                           target=found["limit"])
             path = e.folder / row["file"]
-            result[name] = stages_scores(args, path.with_suffix(".scores.json"), [path])[0] | {"kept": row["kept"]}
+            result[name] = stages_scores(e.args, path.with_suffix(".scores.json"), [path])[0] | {"kept": row["kept"]}
     return result
 
 
