@@ -10,8 +10,8 @@ on the same pairs in float32, in turns, each time in a fresh process:
   published loop     tokenises every batch anew, the text's order, padded to the longest, AdamW as torch has it
 
 The others take a fixed number of sentences a batch, so many that an epoch has as many steps, and so the same target
-tokens a step. All have the same learning rate, dropout, weight decay; toolkit and Trainers a clipped gradient and the
-fused AdamW. A masked model stays masked: the others multiply its masks after every step. A round's number is its seed:
+tokens a step. All have the same dropout, weight decay and highest learning rate; toolkit and Trainers let it rise and
+fall alike, clip the gradient and use the fused AdamW. A masked model stays masked: the others multiply its masks after every step. A round's number is its seed:
 where steps are few, the validation loss goes by which lengths come last. Time runs from the strings to the trained
 weights, without validations. Prints a table, ratios first; --json writes every round.
 
@@ -31,7 +31,7 @@ from benchmarks.rounds import Meter, by_turns, fresh, ratios, spread, table  # n
 from common import cli  # noqa: E402
 
 OURS, GROUPED, TRAINER, PUBLISHED = "toolkit", "Trainer, grouped", "Trainer", "published loop"
-CLIP, WEIGHT_DECAY = 1.0, 0.01
+CLIP, WEIGHT_DECAY, WARMUP = 1.0, 0.01, 0.05
 BARS = {TRAINER: 1.6, PUBLISHED: 2.5}  # target tokens a second, over the better Trainer and over the published loop
 
 
@@ -164,9 +164,9 @@ def trainer(network, tokenizer, loaded, pairs, steps: int, task: Task) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         arguments = hf.Seq2SeqTrainingArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=round(len(pairs) / steps),
-            learning_rate=task.lr, lr_scheduler_type="constant", weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP,
-            optim="adamw_torch_fused", use_cpu=True, dataloader_pin_memory=False, report_to="none", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, seed=task.seed,
+            learning_rate=task.lr, lr_scheduler_type="linear", warmup_steps=WARMUP, weight_decay=WEIGHT_DECAY,
+            max_grad_norm=CLIP, optim="adamw_torch_fused", use_cpu=True, dataloader_pin_memory=False, report_to="none",
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=task.seed,
             train_sampling_strategy="group_by_length" if task.way == GROUPED else "random")
         meter, counted = Meter(), Counted(hf.DataCollatorForSeq2Seq(tokenizer, model=network))
         made = hf.Seq2SeqTrainer(
