@@ -65,7 +65,7 @@ def train(args, n: int, seed: int) -> dict:
 
 
 def draw(path: Path, result: dict, speeds: list[Path]) -> None:
-    """Draw BLEU against the measured speed, one line a runtime, and the dense model's as a dotted line."""
+    """Draw BLEU against the measured speed (median, least to largest), one line a runtime; dotted: the dense model."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -76,11 +76,14 @@ def draw(path: Path, result: dict, speeds: list[Path]) -> None:
             if row["program"] in ("shrunk", "CTranslate2, pruned") and row["batch"] > 1:
                 name = f"{'this toolkit' if row['program'] == 'shrunk' else 'CTranslate2'}, {row['threads']} thread" + (
                     "s" * (row["threads"] > 1))
-                lines.setdefault(name, []).append((median(row["speed_up_in_runtime"]), n))
+                lines.setdefault(name, []).append((n, row["speed_up_in_runtime"]))
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     for name, points in lines.items():
-        bleu = [median(r["bleu"] for r in result["rows"] if r["member"] == n) for _, n in points]
-        axes.plot([speed for speed, _ in points], bleu, "o-", label=name)
+        bleu = [median(r["bleu"] for r in result["rows"] if r["member"] == n) for n, _ in points]
+        middle = [median(rounds) for _, rounds in points]
+        spans = [[m - min(r) for m, (_, r) in zip(middle, points, strict=True)],
+                 [max(r) - m for m, (_, r) in zip(middle, points, strict=True)]]
+        axes.errorbar(middle, bleu, xerr=spans, fmt="o-", capsize=3, label=name)
     dense = result["dense"]["bleu"]
     axes.axhline(dense, color="black", linestyle=":", label="dense")
     axes.axhline(0.95 * dense, color="gray", linestyle=":", label="95 %")

@@ -11,8 +11,9 @@ on the same pairs in float32, in turns, each time in a fresh process:
 
 The others take a fixed number of sentences a batch, so many that an epoch has as many steps, and so the same target
 tokens a step. All have the same dropout, weight decay and highest learning rate; toolkit and Trainers let it rise and
-fall alike, clip the gradient and use the fused AdamW. A masked model stays masked: the others multiply its masks after every step. A round's number is its seed:
-where steps are few, the validation loss goes by which lengths come last. Time runs from the strings to the trained
+fall alike, clip the gradient and use the fused AdamW. Of a masked model the toolkit trains what is left; the others
+multiply its masks after every step. A round's number is its seed: where steps are few, the validation loss goes by
+which lengths come last. Time runs from the strings to the trained
 weights, without validations. Prints a table, ratios first; --json writes every round.
 
     python benchmarks/training.py -m origin_model.pth composed_model.pth --data multi30k --json training.json
