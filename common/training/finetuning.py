@@ -50,8 +50,8 @@ def finetune(stage: str, arguments: dict, model: Model, inputs: dict[str, Input]
                             "the same")
         teacher.network.to(device).eval().requires_grad_(False)
     inputs |= {"training text": train.as_input(), "validation text": valid.as_input()}
-    with Pruned(model) as network:
-        objective = TranslationLoss(network.to(device), teacher and teacher.network)
+    with Pruned(model, device) as network:
+        objective = TranslationLoss(network, teacher and teacher.network)
         if options.dropout is not None:
             set_dropout(network, options.dropout)
         result = fit(objective, train, valid, options, device=device, fingerprint=fingerprint(arguments, inputs),

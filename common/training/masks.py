@@ -16,18 +16,19 @@ class Pruned:
     moves it, and it counts in no norm. Up to rounding, that is masking in the forward pass.
     """
 
-    def __init__(self, model: Model):
-        """``model`` is mutated: its network comes to the CPU, and removed weights become 0."""
+    def __init__(self, model: Model, device="cpu"):
+        """``model`` is mutated: its network comes to the CPU, and removed weights become 0; ``device``: of training."""
         self._whole, self._handles = model.network.cpu(), []
         with torch.no_grad():
             for name, mask in model.masks.items():
                 self._whole.get_parameter(name).mul_(mask)
         self.network, self._origins = shrunk(self._whole, used(self._whole, model.masks))
-        for name, parameter in self.network.requires_grad_(True).named_parameters():
+        for name, parameter in self.network.requires_grad_(True).to(device).named_parameters():
             origin = self._origins[name]
             mask = model.masks.get(origin.name)
             if mask is not None and not (mask := origin.of(mask)).all():
-                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(_mask_gradient, mask)))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(
+                    _mask_gradient, mask.to(device))))
 
     def __enter__(self):
         return self.network
@@ -41,4 +42,4 @@ class Pruned:
 
 
 def _mask_gradient(mask: torch.Tensor, parameter: torch.nn.Parameter) -> None:
-    parameter.grad.mul_(mask.to(parameter.device))
+    parameter.grad.mul_(mask)
