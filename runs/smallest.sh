@@ -6,13 +6,14 @@
 # MODEL     a hub name, a folder with a Hugging Face T5 that translates already, or demo
 # DATA_DIR  a folder with train.en, train.de, …; multi30k: downloaded; demo
 # ALPHA     e.g. 0.02: 2 % above
-# OUT       where results go (default out/smallest); a stopped run goes on where it was
+# OUT       where results go (default out/smallest-ALPHA); a stopped run goes on where it was
 # PAIRS     pairs of each training (default 10000); TRAIN: its other flags.
 set -euo pipefail
 model=${1:?MODEL DATA_DIR ALPHA [OUT]} alpha=${3:?MODEL DATA_DIR ALPHA [OUT]}
+[[ $alpha =~ ^-?[0-9]*\.?[0-9]+$ ]] || { echo "error: ALPHA is a number such as 0.02, not '$alpha'" >&2; exit 2; }
 [ -d "$model" ] && model=$(realpath "$model")
 [ -d "$2" ] && data=(--data "$(realpath "$2")") || data=(--data "$2")
-out=$(realpath -m "${4:-out/smallest}")
+out=$(realpath -m "${4:-out/smallest-$alpha}")
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 mkdir -p "$out"
 train=(--epochs 1 --max-train-sentences "${PAIRS:-10000}" ${TRAIN:---distillation --dropout 0 --lr 2e-3 --eval-every 40})
@@ -29,7 +30,9 @@ make "$out/tuned.npy" block-level_finetuning.py -m "$out/origin.pth" -p "$out/pr
 make "$out/small.json" config_generator.py -m "$out/origin.pth" -p "$out/tuned.npy" -o "$out/small.json" \
     --sparsity 0.1 "${data[@]}"
 for ((n = 0; ; n++)); do
-    read -r aim limit < <("$python" runs/aim.py "$out" "$alpha") || break
+    next=$("$python" runs/aim.py "$out" "$alpha") # fails, and ends this, if nothing meets the limit
+    [ -z "$next" ] && break
+    read -r aim limit <<< "$next"
     make "$out/conf_$n.json" config_generator.py -m "$out/origin.pth" -p "$out/tuned.npy" -o "$out/conf_$n.json" \
         --target-loss "$aim" "${data[@]}"
     make "$out/model_$n.pth" model-level_finetuning.py -m "$out/origin.pth" -p "$out/tuned.npy" -c "$out/conf_$n.json" \
