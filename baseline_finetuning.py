@@ -21,17 +21,22 @@ def build_parser():
     cli.add_training(p, epochs=3, lr=1e-3, stats="baseline_stats.csv")
     p.add_argument("--teacher", type=Path, metavar="MODEL",
                    help="the original: half of each target follows its distribution, for 1.5 times the time a step")
-    p.add_argument("--from-scratch", action="store_true",
-                   help="for an untrained model: embeddings learn faster")
     cli.add_data(p)
     cli.add_seed(p)
     cli.add_device(p)
+    cli.add_plan(p)
     return p
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     check_inputs(args.model, args.teacher)
+    if args.plan:
+        from common import plan
+        from common.t5.header import read_header
+
+        return plan.show(plan.training(read_header(args.model), [], args.batch_tokens, args.epochs,
+                                       args.max_train_sentences, bool(args.teacher)), args.output)
     with cli.training_outputs(args):
         from common import runtime
         from common.t5 import model

@@ -36,6 +36,7 @@ def build_parser():
     cli.add_data(p)
     cli.add_seed(p)
     cli.add_device(p)
+    cli.add_plan(p)
     return p
 
 
@@ -85,6 +86,13 @@ def tune_by_gradient(args, network, bank, writer, configurations, inputs, train,
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     check_inputs(args.model, args.bank, args.configurations)
+    if args.plan:
+        from common import plan
+        from common.pruning import bank
+        from common.t5.header import read_header
+
+        return plan.show(plan.block_level(read_header(args.model), list(bank.load(args.bank).entries), args.solver,
+                                          args.epochs, args.max_train_sentences), args.output)
     check_outputs(True, args.stats)  # a folder has no suffix
     variants, by_gradient = args.stats.with_suffix(".variants.csv"), args.solver != "exact"
     if args.configurations and args.solver != "joint":

@@ -28,9 +28,6 @@ def build_parser():
     p.add_argument("--test-set", default="test_2016_flickr", metavar="NAME",
                    help="text that is translated: the files NAME.en and NAME.de, or the model's other languages")
     p.add_argument("--num-beams", type=cli.count, default=1, metavar="N", help="beam search; 1 is greedy")
-    p.add_argument("--max-new-tokens", type=cli.count, metavar="N",
-                   help="where a translation without an end is cut (default: at twice as many tokens as the longest "
-                        "source sentence of its batch has, plus 16)")
     p.add_argument("--lowercase", action="store_true",
                    help="score lower-cased, as much of the literature on Multi30K does")
     p.add_argument("--ancestry", action="store_true",
@@ -90,13 +87,13 @@ def evaluate(path: Path, args, device) -> dict:
     text = Batches(pairs, loaded, BATCH_TOKENS // args.num_beams or 1)
     distributed.check_same({"model": loaded.identity, "validation text": checked.sha256, "test set": text.sha256})
     valid = loss.evaluate(loss.TranslationLoss(small), checked, device)
-    made = translate(replace(loaded, network=small), text, device, args.num_beams, args.max_new_tokens)
+    made = translate(replace(loaded, network=small), text, device, args.num_beams)
     scores = score(made.texts, [target for _, target in pairs], loaded.target, args.lowercase)
     parameters, zeros = network.sparsity(loaded.network)
     name = os.fsencode(path).decode(errors="replace")  # Python decodes arguments as the terminal's encoding says
     return {"model": name, "identity": loaded.identity, "source": loaded.source, "target": loaded.target,
             "test_set": args.test_set, "num_beams": args.num_beams,
-            "max_new_tokens": args.max_new_tokens or LIMIT_RULE, "hit_limit": made.hit_limit,
+            "max_new_tokens": LIMIT_RULE, "hit_limit": made.hit_limit,
             "validation_loss": valid, **vars(scores), "seconds": made.seconds,
             "tokens_per_second": made.tokens / made.seconds, "parameters": parameters, "zeros": zeros,
             "shrunk_parameters": network.sparsity(small)[0], "masked": bool(loaded.masks),

@@ -24,12 +24,22 @@ def build_parser():
     cli.add_data(p)
     cli.add_seed(p)
     cli.add_device(p)
+    cli.add_plan(p)
     return p
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     check_inputs(args.model, args.bank, args.configurations)
+    if args.plan:
+        from common import plan
+        from common.pruning.configurations import nth, read_configurations, required_variants
+        from common.t5.header import read_header
+
+        chosen = nth(read_configurations(args.configurations), args.number, args.configurations)
+        return plan.show(plan.training(read_header(args.model), list(required_variants(chosen).items()),
+                                       args.batch_tokens, args.epochs, args.max_train_sentences, args.distillation),
+                         args.output)
     with cli.training_outputs(args):
         from common import runtime
         from common.files.provenance import hashes

@@ -28,12 +28,20 @@ def build_parser():
                         "re-fitted, much better for heads, and for weights at 80 %% and beyond")
     cli.add_data(p, limit=False)
     cli.add_device(p)
+    cli.add_plan(p)
     return p
 
 
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     check_inputs(args.model, args.scheme)
+    if args.plan:
+        from common import plan
+        from common.pruning.scheme import read_scheme
+        from common.t5.header import read_header
+
+        return plan.show(plan.prune(read_header(args.model), plan.variants_of(read_scheme(args.scheme)[0]),
+                                    args.criterion == "obs"), args.output)
     with outputs(args.overwrite, args.output, args.pruned_model):
         from common import runtime
         from common.files.provenance import hashes, provenance

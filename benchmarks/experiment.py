@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Measure what composing saves: N pruned models, each fine-tuned on its own, or composed out of one tuned bank.
 
-Drives the stages as a user would. Baseline arm: pruned model -> baseline_finetuning.py, distilling from the dense one.
-Composed arm: block level once -> model-level_finetuning.py, which recalibrates. Joint arm: as composed, with joint
-tuning of the bank between the two. Masks, optimizer, data order, validation text and interval are the same; the
-learning rate is chosen for baseline and composed arm out of one grid on a configuration that is not among the N (the
-joint arm has the composed one's). Every run ends when the validation loss is within --target of the dense model's, or
-after one epoch; baseline and joint arm of the first seed's uniform configurations are also trained and scored for the
-whole epoch. Resumable: what is there is not made again. Writes experiment.json (every run's loss curve),
-experiment.csv (a row for each configuration and arm) and the pictures into --results.
+Drives the stages as a user would. Published arm: l1 masks -> baseline_finetuning.py on the text, as is common. Baseline
+arm, a rival that has all but composing: obs masks -> baseline_finetuning.py, distilling from the dense model. Composed
+arm: block level once -> model-level_finetuning.py, which recalibrates. Joint arm: as composed, with joint tuning of the
+bank between the two. Optimizer, data order, validation text and interval are the same; the learning rate is chosen for
+each arm out of one grid on a configuration that is not among the N (the joint arm has the composed one's). Every run
+ends when the validation loss is within --target of the dense model's, or after one epoch; baseline and joint arm of the
+first seed's uniform configurations are also trained and scored for the whole epoch. Resumable: what is there is not
+made again. Writes experiment.json (every run's loss curve), experiment.csv (a row for each configuration and arm) and
+the pictures into --results.
 
     python benchmarks/experiment.py -m origin_model.pth --data multi30k --out out/experiment
 """
@@ -26,7 +27,8 @@ from common import cli  # noqa: E402
 
 TARGETS = (0.10, 0.05, 0.03, 0.01)  # validation loss above the dense model's, as a fraction
 GRID = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
-ARMS = ("baseline", "composed", "joint")
+ARMS = ("published", "baseline", "composed", "joint")
+RIVALS = ARMS[:2]
 LONG_ARMS = ("baseline", "joint")  # those that are also trained for the whole epoch
 JOINT_CONFIGURATIONS = 2  # joint tuning draws so many, the harshest uniform ones
 DROPOUT = 0.0  # of all arms; the model's own, 0.1, makes their last steps slow
@@ -53,8 +55,8 @@ class Experiment:
     def prune(self, folder: Path, *configurations, mixed: int = 0) -> Path:
         """Make configurations, ``mixed`` mixtures of them, scheme and pruned bank in a folder; return the folder."""
         folder.mkdir(exist_ok=True)
-        model, uniform, conf, scheme, pruned = self.args.model, *(
-            folder / name for name in ("uniform.json", "conf.json", "scheme.json", "pruned.npy"))
+        model, uniform, conf, scheme, pruned, l1 = self.args.model, *(
+            folder / name for name in ("uniform.json", "conf.json", "scheme.json", "pruned.npy", "l1.npy"))
         self.stage(uniform, "config_generator", "-m", model, "-o", uniform, *configurations)
         every = json.loads(uniform.read_text(encoding="utf-8"))
         draw, few = random.Random(f"mixed/{self.seed(folder)[1]}"), list(every)
@@ -65,6 +67,7 @@ class Experiment:
         self.stage(scheme, "prune_scheme_generator", "-i", conf, "-o", scheme)
         self.stage(pruned, "prune", "-m", model, "-c", scheme, "-o", pruned, "--criterion", self.args.criterion,
                    *self.text)
+        self.stage(l1, "prune", "-m", model, "-c", scheme, "-o", l1)
         return folder
 
     def tune(self, folder: Path) -> None:
@@ -91,10 +94,11 @@ class Experiment:
                  "--max-train-sentences", self.args.max_train_sentences, "--dropout", DROPOUT, *self.seed(folder),
                  *self.text, *(["--target-loss", target] if target else [])]
         chosen = ["-m", model, "-c", folder / "conf.json", "-n", n]
-        if arm == "baseline":
-            pruned = folder / f"pruned_{n}.pth"
-            self.stage(pruned, "compose_model", *chosen, "-p", folder / "pruned.npy", "-o", pruned)
-            self.stage(output, "baseline_finetuning", "-m", pruned, "--teacher", model, *flags, resume=True)
+        if arm in RIVALS:
+            name, teacher = ("l1", []) if arm == "published" else ("pruned", ["--teacher", model])
+            pruned = folder / f"{name}_{n}.pth"
+            self.stage(pruned, "compose_model", *chosen, "-p", folder / f"{name}.npy", "-o", pruned)
+            self.stage(output, "baseline_finetuning", "-m", pruned, *teacher, *flags, resume=True)
         else:
             bank = folder / ("tuned.npy" if arm == "composed" else "joint.npy")
             self.stage(output, "model-level_finetuning", *chosen, "-p", bank, "--distillation", *flags, resume=True)
@@ -137,11 +141,11 @@ def run(args) -> dict:
     with ThreadPoolExecutor(args.jobs) as pool:
 
         def beside(tune, folder, jobs, train) -> list:
-            """Tune a bank beside the baseline's trainings, so that both are timed alike; then train the others."""
+            """Tune a bank beside the rivals' trainings, so that both are timed alike; then train the others."""
             bank = pool.submit(tune, folder)
-            runs = pool.map(train, [job for job in jobs if job[0] == "baseline"])
+            runs = pool.map(train, [job for job in jobs if job[0] in RIVALS])
             bank.result()
-            return [*runs, *pool.map(train, [job for job in jobs if job[0] != "baseline"])]
+            return [*runs, *pool.map(train, [job for job in jobs if job[0] not in RIVALS])]
 
         def scored(runs: list[dict], folder: Path, tag: str = "") -> list[dict]:
             """Add each run's scores, those of one arm evaluated together."""
@@ -152,11 +156,11 @@ def run(args) -> dict:
             every = {name: row for scores in found for name, row in scores.items()}
             return [r | every[f"{r['arm']}_{r['configuration']}{tag}"] for r in runs]
 
-        grid = beside(e.tune, lr_folder, [(arm, lr) for lr in args.lr_grid for arm in ARMS[:2]],
+        grid = beside(e.tune, lr_folder, [(arm, lr) for lr in args.lr_grid for arm in ARMS[:3]],
                       lambda job: e.train(lr_folder, job[0], 0, job[1], None, f"_{job[1]:g}"))
         # The mean over the curve, because sooner is what counts; the start is the same for all.
         lrs = {arm: min((sum(r["loss"]) / len(r["loss"]), r["lr"]) for r in grid if r["arm"] == arm)[1]
-               for arm in ARMS[:2]}
+               for arm in ARMS[:3]}
         lrs["joint"] = lrs["composed"]
         print("learning rates: " + ", ".join(f"{arm} {lr:g}" for arm, lr in lrs.items()), flush=True)
         result = {"dense": dense, "targets": TARGETS, "grid": grid, "lr": lrs, "seeds": [], "settings": settings}
@@ -192,7 +196,7 @@ def main(argv=None) -> int:
     p.add_argument("--configurations", type=cli.count, default=16, metavar="N", help="half uniform, half mixed")
     p.add_argument("--seeds", type=cli.count, default=3, metavar="N",
                    help="repetitions: calibration text, mixtures, data order")
-    p.add_argument("--criterion", default="obs", metavar="NAME", help="masks of all arms, l1 or obs")
+    p.add_argument("--criterion", default="obs", metavar="NAME", help="masks of all arms but the published one")
     p.add_argument("--target", type=cli.positive, default=0.10, metavar="X",
                    help="validation loss above the dense model's at which a run ends, as a fraction")
     p.add_argument("--lr-grid", type=cli.positive, nargs="+", default=list(GRID), metavar="X", help="learning rates")

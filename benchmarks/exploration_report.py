@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Tables and the picture of benchmarks/exploration.py: configurations tried, hours, speed-up, as Wootz reports them.
 
-Reads exploration.json and time.json. The seconds of a training are counted, not taken from its own clock: steps times
-the seconds of a step, validations times theirs, and the start of a process, each measured for several sizes of model
-by `exploration.py --time` and laid on a line over the weights kept. So all arms are timed alike.
+Reads exploration.json and exploration_time.json. The seconds of a training are counted, not taken from its own clock:
+steps times the seconds of a step, validations times theirs, and the start of a process, each measured for several
+sizes of model by `exploration.py --time` and laid on a line over the weights kept. So all arms are timed alike.
 
-    python benchmarks/exploration_report.py out/exploration --results docs/results
+    python benchmarks/exploration_report.py docs/results
 """
 
 import argparse
@@ -18,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.exploration import members  # noqa: E402
 from benchmarks.rounds import table  # noqa: E402
 
 WORKERS = 16
@@ -47,30 +48,26 @@ class Clock:
         return float(row["steps"][count - 1] * step + count * validation + rest + setup)
 
 
-def walk(members: list[int], first: int | None, rows: dict, clock: Clock, like: dict, kept: list[int], limit: float,
-         workers: int = 1) -> tuple[int, float]:
-    """Return (configurations tried, seconds) of an arm that visits ``members`` from small to large.
+def walk(members: list[int], rows: dict, clock: Clock, kept: list[int], limit: float,
+         workers: int = 1) -> tuple[int, float, int | None]:
+    """Return (configurations tried, seconds, place found) of an arm that visits ``members`` from small to large.
 
-    Worker i takes every ``workers``-th. What was not trained counts as a failure with the whole budget.
+    Worker i takes every ``workers``-th. What was not trained counts as a failure with a whole epoch if it is smaller
+    than the first success that is known, else as a success, in the arm's favour.
 
     Args:
-        first: the first place that meets the limit; all before it fail.
-        like: a training of this arm, for the budget.
+        rows: the arm's trainings, {place: training}.
     """
-    tried, busy, seconds = 0, [0.0] * workers, []
+    first = min((place for place, row in rows.items() if min(row["loss"]) <= limit), default=len(kept))
+    like = max(rows.values(), key=lambda row: row["steps"][-1])
+    busy, found = [0.0] * workers, None
     for n, place in enumerate(members):
         row = rows.get(place) or like | {"kept": kept[place], "loss": [np.inf] * len(like["loss"])}
         busy[n % workers] += clock.training(row, limit)
-        tried += 1
-        seconds.append(busy[n % workers])
-        if first is not None and place >= first:
+        if min(row["loss"]) <= limit or (place not in rows and place > first):
+            found = place
             break
-    return tried, max(seconds)
-
-
-def subspace(count: int, total: int) -> list[int]:
-    """Return the places of `exploration.Exploration.members`."""
-    return [round((i + 0.5) * total / count - 0.5) for i in range(count)] if count < total else list(range(total))
+    return n + 1, max(busy), found
 
 
 def report(result: dict, clock: Clock, results: Path) -> None:
@@ -78,53 +75,50 @@ def report(result: dict, clock: Clock, results: Path) -> None:
     print(f"paid once: {once:.0f} s (" + ", ".join(f"{name} {s:.1f}" for name, s in clock.once.items()) + ")")
     lines, spaces, drawn = [], [], {}
     for seed in result["seeds"]:
-        by_arm = {arm: {r["place"]: r for r in seed["rows"] if r["arm"] == arm and r["place"] is not None}
-                  for arm in ("published", "same")}
-        full = {arm: max(rows.values(), key=lambda r: r["steps"][-1]) for arm, rows in by_arm.items()}
-        kept = seed["kept"]
-        ours_rows = {str(r["configuration"] if r["configuration"] is not None else r["place"]): r
-                     for r in seed["rows"] if r["arm"] == "ours"}
+        rows = {arm: {r["place"]: r for r in seed["rows"] if r["arm"] == arm} for arm in ("published", "same")}
+        kept, present = seed["kept"], seed["present"]
+        print(f"seed {seed['seed']}: trained " + ", ".join(f"{len(rows[arm])} {arm}" for arm in rows))
         for alpha, found in seed["alphas"].items():
-            limit = found["limit"]
+            limit, name = found["limit"], f"{float(alpha):.0%}"
 
-            def ours(name: str, workers: int = 1, found=found, limit=limit, ours_rows=ours_rows) -> float:
-                runs = [clock.training(ours_rows[r["key"]], limit) for r in found["ours"][name]["runs"]]
+            def ours(space: str, workers: int = 1, found=found, limit=limit) -> float:
+                runs = [clock.training(row, limit) for row in found["ours"][space]["runs"]]
                 return once + (sum(runs) if workers == 1 else max(runs))
 
-            own = found["ours"][str(total)]
-            published = walk(list(range(total)), found["published"], by_arm["published"], clock, full["published"],
-                             kept, limit)
-            many = walk(list(range(total)), found["published"], by_arm["published"], clock, full["published"], kept,
-                        limit, WORKERS)
-            same = walk(list(range(total)), found["same"]["found"], by_arm["same"], clock, full["same"], kept, limit)
-            clever = sum(clock.training(by_arm["same"][place], limit) for place in found["same"]["visited"])
-            sizes = [None if place is None else kept[place] for place in (found["published"], found["same"]["found"])]
-            sizes += [found["ours"][name]["found"] and found["ours"][name]["found"]["kept"]
-                      for name in (str(total), "None")]
-            scores = found["scores"]
+            def base(arm: str, count: int = total, workers: int = 1, rows=rows, kept=kept, limit=limit) -> tuple:
+                return walk(members(count, total), rows[arm], clock, kept, limit, workers)
+
+            def size(weights: int | None, present=present) -> str:
+                return "–" if weights is None else f"{weights / present:.1%}"
+
+            def found_by(space: str, found=found) -> int | None:
+                return found["ours"][space]["found"] and found["ours"][space]["found"]["kept"]
+
+            tried, seconds, place = base("published")
+            own, same, scores = ours(str(total)), found["same"], found["scores"]
+            rivals = ["–", "–", "–"]
+            if same:
+                bisection = sum(clock.training(rows["same"][p], limit) for p in same["visited"])
+                rivals = [f"{base('same')[1] / own:.0f}", f"{bisection / own:.1f}",
+                          size(None if same["found"] is None else kept[same["found"]])]
             lines.append([
-                f"{float(alpha):.0%}", str(seed["seed"]), f"{published[0]} → {len(own['runs'])}",
-                f"{published[1] / 3600:.2f} → {ours(str(total)) / 3600:.3f}", f"{published[1] / ours(str(total)):.0f}",
-                f"{many[1] / ours(str(total), WORKERS):.0f}", f"{once / ours(str(total)):.0%}",
-                f"{same[1] / ours(str(total)):.0f}", f"{clever / ours(str(total)):.1f}",
-                *("–" if size is None else f"{size / seed['present']:.1%}" for size in sizes),
-                *(f"{scores[name]['bleu']:.1f}" if name in scores else "–"
-                  for name in ("published", "same", f"ours {total}", "ours None"))])
-            for name in found["ours"]:
-                if name.isdigit():
-                    members = subspace(int(name), total)
-                    base = walk(members, found["published"], by_arm["published"], clock, full["published"], kept, limit)
-                    success = found["ours"][name]["found"]
-                    spaces.append([f"{float(alpha):.0%}", str(seed["seed"]), name,
-                                   f"{base[0]} → {len(found['ours'][name]['runs'])}",
-                                   f"{base[1] / ours(name):.1f}",
-                                   *(f"{x / seed['present']:.1%}" if x else "–" for x in (
-                                       next((kept[p] for p in members if found["published"] is not None
-                                             and p >= found["published"]), None), success and success["kept"]))])
-                    drawn.setdefault(alpha, {}).setdefault(int(name), []).append(base[1] / ours(name))
+                name, str(seed["seed"]), f"{tried} → {len(found['ours'][str(total)]['runs'])}",
+                f"{seconds / 3600:.2f} → {own / 3600:.3f}", f"{seconds / own:.0f}",
+                f"{base('published', workers=WORKERS)[1] / ours(str(total), WORKERS):.0f}", f"{once / own:.0%}",
+                *rivals, size(None if place is None else kept[place]), size(found_by(str(total))),
+                size(found_by("None")), *(f"{scores[key]['bleu']:.1f} / {scores[key]['chrf']:.1f}" if key in scores
+                                          else "–" for key in ("published", "same", f"ours {total}", "ours None"))])
+            for space in found["ours"]:
+                if space.isdigit():
+                    tried, seconds, place = base("published", int(space))
+                    speedup = seconds / ours(space)
+                    spaces.append([name, str(seed["seed"]), space, f"{tried} → {len(found['ours'][space]['runs'])}",
+                                   f"{speedup:.1f}", size(None if place is None else kept[place]),
+                                   size(found_by(space))])
+                    drawn.setdefault(alpha, {}).setdefault(int(space), []).append(speedup)
     table(["α", "seed", "configurations tried", "hours", "speed-up", f"on {WORKERS} workers", "paid once",
-           "against same masks", "against bisection", "size published", "same", "ours", "ours, any", "BLEU published",
-           "same", "ours", "ours, any"], lines)
+           "against same masks", "against bisection", "size same", "size published", "ours", "ours, any",
+           "BLEU / chrF published", "same", "ours", "ours, any"], lines)
     table(["α", "seed", "space", "configurations tried", "speed-up", "size published", "ours"], spaces)
     draw(results / "exploration.png", {a: s for a, s in drawn.items() if len(s) > 1})
 
@@ -150,12 +144,11 @@ def draw(path: Path, drawn: dict) -> None:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("out", type=Path, help="folder that exploration.py has filled")
-    p.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR", help="where the picture goes")
-    args = p.parse_args()
-    read = {name: json.loads((args.out / f"{name}.json").read_text(encoding="utf-8")) for name in (
-        "exploration", "time")}
-    report(read["exploration"], Clock(read["time"]), args.results)
+    p.add_argument("results", type=Path, help="folder with what exploration.py measured; the picture goes there")
+    folder = p.parse_args().results
+    measured, timed = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in (
+        "exploration", "exploration_time"))
+    report(measured, Clock(timed), folder)
     return 0
 
 

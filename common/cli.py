@@ -237,6 +237,12 @@ def add_device(p) -> None:
                    help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one")
 
 
+def add_plan(p) -> None:
+    """Add --plan."""
+    p.add_argument("--plan", action="store_true",
+                   help="print weights, disk, memory and operations that it will take, and end")
+
+
 def add_composition(p, bank: str) -> None:
     """Add what names one composed model: -m, -p, -c, -n and --no-recalibration."""
     add_model(p)
@@ -267,8 +273,6 @@ def add_training(p: argparse.ArgumentParser, *, epochs: int, lr: float, stats: s
                    help="tokens a step, padding included, of the longer side")
     g.add_argument("--eval-every", type=count, metavar="STEPS",
                    help="steps between two validations (default: once an epoch)")
-    g.add_argument("--early-stop", type=positive, metavar="EPOCHS",
-                   help="stop after so many epochs without a better validation loss (default: never)")
     g.add_argument("--target-loss", type=positive, metavar="X",
                    help="stop as soon as the validation loss is at or below X")
     g.add_argument("--dropout", type=probability, metavar="P",

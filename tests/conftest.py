@@ -1,13 +1,17 @@
 """A small T5, a small text and every artifact made from them, once a session; stages run in-process."""
 
+import os
 import shutil
 import signal
 from types import SimpleNamespace
 
 import pytest
 
-from common import cli
-from tests.small import load_stage, save_folder, write_corpus
+# How many threads really work depends on what else runs, and with it the order of sums: bits would differ.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from common import cli  # noqa: E402
+from tests.small import load_stage, save_folder, write_corpus  # noqa: E402
 
 # A shell that runs the tests in the background has them ignore Ctrl-C; the stages' handling of it is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,5 +1,6 @@
 """Two processes against one: torchrun starts them, gloo connects them."""
 
+import csv
 import json
 import os
 import subprocess
@@ -39,18 +40,26 @@ def losses(path) -> list[float]:
     return [float(line.split(",")[2]) for line in path.read_text().splitlines()[1:]]
 
 
-def same_banks(one, two, near: float) -> None:
+def same_banks(one, two, near: float, attention: bool = True) -> None:
+    """Masks are equal, weights near; without ``attention`` its weights are not compared."""
     one, two = bank.load(one), bank.load(two)
     assert one.entries.keys() == two.entries.keys()
     for key in one.entries:
         a, b = one.read(key), two.read(key)
         for name in a.weights:
             assert torch.equal(a.masks[name], b.masks[name])
-            assert torch.allclose(a.weights[name], b.weights[name], atol=near)
+            if attention or "Attention" not in name:
+                assert torch.allclose(a.weights[name], b.weights[name], atol=near), name
+
+
+def errors(path) -> dict[tuple, float]:
+    """Return each variant's error on validation text after tuning."""
+    return {(row["block"], row["rates"]): float(row["valid_error_after"])
+            for row in csv.DictReader(path.read_text().splitlines())}
 
 
 def test_two_processes_make_what_one_makes(work, monkeypatch):
-    """Dropout included. Weights that are solved for differ most: the solver stops at a tolerance."""
+    """Dropout included. Steps on attentions enlarge rounding: of these the errors are compared, not the weights."""
     def stages(out):
         passes = ["--epochs", "1", *DATA]
         block = ["block-level_finetuning", "-m", "origin.pth"]
@@ -65,7 +74,7 @@ def test_two_processes_make_what_one_makes(work, monkeypatch):
              f"{out}model.pth", "--stats", f"{out}model.csv", "--distillation", *passes],
             ["baseline_finetuning", "-m", "pruned.pth", "-o", f"{out}trained.pth", "--stats", f"{out}trained.csv",
              *passes],
-            ["evaluate", "-m", "pruned.pth", "--json", f"{out}scores.json", "--max-new-tokens", "12", *DATA]]
+            ["evaluate", "-m", "pruned.pth", "--json", f"{out}scores.json", *DATA]]
 
     monkeypatch.chdir(work)
     for name, *arguments in stages(""):
@@ -73,8 +82,9 @@ def test_two_processes_make_what_one_makes(work, monkeypatch):
     code, said = run(work, 2, *stages("two/"))
     assert code == 0, said
     assert said.count("two/trained.pth: validation loss") == 1  # one process speaks
-    for name, near in (("obs", 0), ("exact", 1e-3), ("adamw", 1e-5), ("joint", 1e-5)):
-        same_banks(work / f"{name}.npy", work / "two" / f"{name}.npy", near)
+    for name, near in (("obs", 0), ("exact", 1e-4), ("adamw", 1e-5), ("joint", 1e-5)):
+        same_banks(work / f"{name}.npy", work / "two" / f"{name}.npy", near, attention=name != "exact")
+    assert errors(work / "exact.variants.csv") == pytest.approx(errors(work / "two/exact.variants.csv"), rel=0.01)
     for name, near in (("trained", 1e-5), ("model", 1e-3), ("adamw", 1e-6), ("joint", 1e-5)):
         assert losses(work / f"{name}.csv") == pytest.approx(losses(work / "two" / f"{name}.csv"), abs=near), name
     one, two = read_json(work / "scores.json")[0], read_json(work / "two" / "scores.json")[0]
@@ -139,9 +149,9 @@ def test_shares_make_the_whole_again(second_of_two):
 def test_a_process_without_a_sentence_takes_one_in_which_no_token_counts(second_of_two, text):
     examples = text[0].epoch(0)[0]
     two = text[0].collate(examples[:2])
-    part, own = batches.rows(two)
+    part, own = batches.rows(two, 1, 2)
     assert all(torch.equal(part[key], two[key][1:]) for key in two) and own == slice(1, None, 2)
-    part, own = batches.rows(text[0].collate(examples[:1]))
+    part, own = batches.rows(text[0].collate(examples[:1]), 1, 2)
     assert len(part["labels"]) == 1 and own == slice(0, 1)
     assert (part["labels"] < 0).all() and not part["attention_mask"].any()
 

@@ -238,10 +238,10 @@ def content(path):
             for row in csv.DictReader(path.read_text().splitlines())]
 
 
-TUNING = ["--epochs", "2", "--eval-every", "2", "--batch-tokens", "400", "--max-train-sentences", "60", "--early-stop",
-          "9", "--stats", "out.csv"]
+TUNING = ["--epochs", "2", "--eval-every", "2", "--batch-tokens", "400", "--max-train-sentences", "60", "--stats",
+          "out.csv"]
 BLOCK = ["--epochs", "4", "--max-train-sentences", "60", "--stats", "out.csv"]
-WAYS = {"baseline": arguments("baseline_finetuning", *TUNING, "--from-scratch"),
+WAYS = {"baseline": arguments("baseline_finetuning", *TUNING),
         "adamw": arguments("block-level_finetuning", "--solver", "adamw", *BLOCK),
         "joint": arguments("block-level_finetuning", "--solver", "joint", *BLOCK, bank="tuned.npy"),
         "model level": arguments("model-level_finetuning", *TUNING)}

@@ -29,11 +29,13 @@ class Header:
     Attributes:
         kinds: {module: kind}, in the network's order.
         present: {attention or feed-forward: number}; a model that was pruned before has fewer than its configuration.
+        weights: how many there are; what is pruned is not among them, also where a file of version 1 holds its zeros.
     """
 
     config: Config
     kinds: dict[str, str]
     present: dict[str, int]
+    weights: int
 
 
 def read_header(path: Path) -> Header:
@@ -124,4 +126,5 @@ def _header(content: dict, read, path: Path) -> Header:
                 if (mask := masks.get(f"{name}.{part}.weight")) is not None:
                     units &= mask.any(axis=across)
             present[name] = int(units.sum())
-    return Header(config, kinds, present)
+    weights = sum(int(masks[name].sum()) if name in masks else count for name, (_, count) in content["weights"].items())
+    return Header(config, kinds, present, weights)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from common.t5.config import Config
 
@@ -96,7 +97,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
         weights = (q @ k.transpose(2, 3) + bias).softmax(dim=-1)
         mixed = (dropout(weights) if dropout else weights) @ v
     else:
-        bias = bias.to(q.dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        # A half-precision type's least number may be larger; and minus infinity all along a row would give NaN.
+        bias = bias.clamp(min=torch.finfo(q.dtype).min).to(q.dtype).expand(*q.shape[:3], k.shape[2])
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0,
                                                dropout_p=dropout.p if dropout and dropout.training else 0.0)
     return mixed.transpose(1, 2).flatten(2)
@@ -182,7 +184,11 @@ class Stack(nn.Module):
 
     Attributes:
         positions: the table of the position bias (buckets, heads), which all self-attentions share.
+        recompute: in training a sub-layer's activations are not held but computed again for its backward pass (Chen
+            et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
     """
+
+    recompute = False
 
     def __init__(self, config: Config, kinds: tuple[str, ...], depth: int):
         super().__init__()
@@ -223,7 +229,9 @@ class Stack(nn.Module):
         bias = self.position_bias(ids.shape[1])
         bias = bias if mask is None else bias + mask
         for layer in self.layers():
-            states = layer(states, bias, source, source_bias)
+            given = states, bias, source, source_bias
+            twice = self.recompute and self.training
+            states = checkpoint(layer, *given, use_reentrant=False) if twice else layer(*given)
         return self.dropout(self.final_layer_norm(states))
 
 

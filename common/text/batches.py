@@ -118,10 +118,10 @@ def share(batches: Batches) -> list[dict]:
     return own or [_without_tokens(next(iter(batches.fixed())))]
 
 
-def rows(batch: dict) -> tuple[dict, slice]:
-    """Return this process's share of a batch's sentences, and which these are; padding is the whole batch's."""
-    own = slice(distributed.rank(), None, distributed.size())
-    if distributed.rank() < len(batch["labels"]):
+def rows(batch: dict, part: int, parts: int) -> tuple[dict, slice]:
+    """Return one of so many parts of a batch's sentences, and which these are; padding is the whole batch's."""
+    own = slice(part, None, parts)
+    if part < len(batch["labels"]):
         return {key: t[own] for key, t in batch.items()}, own
     return _without_tokens(batch), slice(0, 1)
 

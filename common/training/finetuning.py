@@ -13,7 +13,7 @@ from common.training.loop import FitOptions, FitResult, finish, fit
 from common.training.masks import Pruned
 
 # Arguments that do not decide the result, or only when it is good enough.
-_FREE = ("resume", "overwrite", "device", "early_stop", "target_loss")
+_FREE = ("resume", "overwrite", "device", "target_loss")
 
 
 def fingerprint(arguments: dict, inputs: dict[str, Input]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The one training loop: batches, AdamW, validation, early stop, checkpoints, resume. The loss is passed in."""
+"""The one training loop: batches, AdamW, validation, checkpoints, resume. The loss is passed in."""
 
 import contextlib
 import csv
@@ -22,6 +22,7 @@ from common.t5.network import Dropout
 from common.text.batches import Batches, rows
 from common.training import checkpoint
 from common.training.checkpoint import COLUMNS, State
+from common.training.parts import Parts, autocast
 
 CHECKPOINT = "checkpoint.pth"
 # A checkpoint is written at the start, and then so often that writing takes about 5 % of the time.
@@ -29,8 +30,8 @@ _CHECKPOINT_SHARE = 0.05
 _CHECKPOINT_SECONDS = 15.0
 WEIGHT_DECAY = 0.01
 VALIDATION_SHARE = 0.1  # of the time; more is reported
-# From scratch: T5's embeddings start with a standard deviation of 1, so that with the others' learning rate AdamW
-# hardly moves them (validation loss after the first epoch 4.86; with six times the rate 4.24).
+# An untrained T5's embeddings have a standard deviation of 1, so that with the others' learning rate AdamW hardly moves
+# them (validation loss after the first epoch 4.86; with six times the rate 4.24).
 EMBEDDING_FACTOR = 6.0
 WARMUP = 0.05  # of all steps
 
@@ -44,7 +45,6 @@ class FitOptions:
         checkpoint: the folder in which an interrupted run leaves its state.
         dropout: while training; None for the model's own.
         lr: the learning rate, which rises for the first `WARMUP` of all steps and then falls linearly to 0.
-        from_scratch: for an untrained model: embeddings learn faster.
         max_grad_norm: None to leave gradients as they are.
     """
 
@@ -52,11 +52,9 @@ class FitOptions:
     lr: float
     stats: Path
     checkpoint: Path
-    early_stop: float | None = None
     target_loss: float | None = None
     eval_every: int | None = None
     resume: bool = False
-    from_scratch: bool = False
     dropout: float | None = None
     max_grad_norm: float | None = 1.0
 
@@ -85,22 +83,23 @@ def statistics_csv(rows: list, columns=COLUMNS) -> bytes:
     return text.getvalue().encode()
 
 
-def _optimizer(objective: nn.Module, options: FitOptions) -> torch.optim.Optimizer:
+def _optimizer(objective: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Return AdamW; the embeddings are a group of their own, the last one."""
     embeddings = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding)}
     trained = [p for p in objective.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if id(p) not in embeddings], "factor": 1.0},
-              {"params": [p for p in trained if id(p) in embeddings],
-               "factor": EMBEDDING_FACTOR if options.from_scratch else 1.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=options.lr, weight_decay=WEIGHT_DECAY,
-                             fused=True)
+    groups = [{"params": [p for p in trained if (id(p) in embeddings) == those], "embeddings": those}
+              for those in (False, True)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
 
 
-def check_memory(objective: nn.Module, device) -> None:
-    """Raise `UserError` if what training keeps for every weight does not fit into the device's memory.
+def check_memory(objective: nn.Module, device) -> float:
+    """Return how many bytes are left for activations beside what training keeps for every weight.
 
     On the CPU five numbers a weight: itself (mapped from its file so far), its gradient, AdamW's two moments and the
-    best state. A GPU holds the weights already and leaves the best state to the CPU. Activations come on top; they
-    depend on --batch-tokens and cannot be foreseen so surely.
+    best state. A GPU holds the weights already and leaves the best state to the CPU.
+
+    Raises:
+        UserError: that alone does not fit into the device's memory.
     """
     weights = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
     needed, there = weights * (5 if torch.device(device).type == "cpu" else 3), available_memory(device)
@@ -108,6 +107,7 @@ def check_memory(objective: nn.Module, device) -> None:
         raise UserError(f"training {weights / 1e9:.2f} GB of weights takes at least {needed / 1e9:.2f} GB of memory "
                         f"(gradients and AdamW's state included), {there / 1e9:.2f} GB are available; free some "
                         "memory, or train a smaller model")
+    return math.inf if there is None else there - needed
 
 
 class _Signals:
@@ -149,14 +149,14 @@ def fit(objective: nn.Module, train: Batches, valid: Batches, options: FitOption
             too small.
         Interrupted: after SIGINT or SIGTERM, with a checkpoint written.
     """
-    check_memory(objective, device)
+    room = check_memory(objective, device)
     folder = options.checkpoint
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be created: {error.strerror}") from None
     with locked(folder), _Signals() as signals:
-        result = _Run(objective, train, valid, options, device, fingerprint, spent, log, signals).run()
+        result = _Run(objective, train, valid, options, device, fingerprint, spent, log, signals, room).run()
     return result
 
 
@@ -177,16 +177,18 @@ def finish(options: FitOptions) -> None:
 class _Run:
     """One call of `fit`; the methods share its state."""
 
-    def __init__(self, objective, train, valid, options, device, fingerprint, spent, log, signals):
+    def __init__(self, objective, train, valid, options, device, fingerprint, spent, log, signals, room):
         self.objective, self.train, self.valid, self.options = objective, train, valid, options
         self.device, self.log, self.signals = device, log, signals
         self.fingerprint = fingerprint | {"training text": train.sha256, "validation text": valid.sha256}
-        self.optimizer = _optimizer(objective, options)
+        self.optimizer = _optimizer(objective, options.lr)
+        self.words = max((m.num_embeddings for m in objective.modules() if isinstance(m, nn.Embedding)), default=0)
         self.trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         self.state, self.best = State(seconds=spent), {}
         self.path = options.checkpoint / CHECKPOINT
         self.clock = self.saved_at = time.perf_counter()
         self.save_seconds = 0.0
+        self.parts, self.told = Parts(objective, room), False
 
     def run(self) -> FitResult:
         distributed.check_same(self.fingerprint | {"checkpoint to go on from": str(can_resume(self.options))})
@@ -248,8 +250,6 @@ class _Run:
         state, options = self.state, self.options
         if options.target_loss and state.rows[-1][2] <= options.target_loss:
             return f"target loss {options.target_loss:g} reached"
-        if options.early_stop and state.rows[-1][0] - state.best_epoch >= options.early_stop - 1e-9:
-            return f"no better validation loss for {options.early_stop:g} epochs"
         return None
 
     def _learning_rate(self, total_batches: int) -> float:
@@ -260,8 +260,9 @@ class _Run:
     def _step(self, batches, total: int):
         state = self.state
         rate = self._learning_rate(total)
+        untrained = self.words and state.rows[0][2] >= math.log(self.words)  # no better than guessing
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+            group["lr"] = rate * (EMBEDDING_FACTOR if untrained and group["embeddings"] else 1)
         loss, count = self._forward_and_backward(self.train.collate(batches[state.batch], self.device))
         norm = nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None])
         if not torch.isfinite(norm) or not math.isfinite(loss):
@@ -280,27 +281,43 @@ class _Run:
     def _forward_and_backward(self, batch) -> tuple[float, float]:
         """Leave the gradient of a batch's mean loss in the parameters; return (loss sum, count) of the batch.
 
-        Each process takes its share of the sentences. On a CPU dropout is that of one process; each GPU draws its own.
+        Each process takes its share of the sentences, in as many parts as its memory asks for. On a CPU dropout is
+        that of one process and of one part; a GPU draws its own for each.
         """
-        if distributed.size() == 1:
-            loss, count = self.objective(batch)
+        size, own_parts = distributed.size(), self.parts.of(batch)
+        if size == own_parts == 1:
+            with autocast(self.device):
+                loss, count = self.objective(batch)
             (loss / count).backward()
             return float(loss.detach()), float(count)
-        all_rows = len(batch["labels"])
-        batch, own = rows(batch)
-        Dropout.rows = all_rows, own
         if torch.device(self.device).type == "cuda":  # by the step, so that a resumed run draws the same
-            torch.cuda.manual_seed(self.state.step * distributed.size() + distributed.rank())
-        loss, count = self.objective(batch)
+            torch.cuda.manual_seed(self.state.step * size + distributed.rank())
+        if own_parts > 1:
+            self._tell_once(f"memory is short: batches are added up in parts, the present one in {own_parts}")
+        drawn, loss_sum, count = torch.get_rng_state(), 0.0, 0.0
+        for i in range(own_parts):
+            torch.set_rng_state(drawn)  # each draws for the whole batch, and takes its rows
+            part, own = rows(batch, distributed.rank() + i * size, own_parts * size)
+            Dropout.rows = len(batch["labels"]), own
+            with autocast(self.device):
+                loss, tokens = self.objective(part)
+            loss.backward()
+            loss_sum, count = loss_sum + float(loss.detach()), count + float(tokens)
         Dropout.rows = None
-        loss_sum, count = distributed.sums(float(loss.detach()), float(count))
-        (loss / count).backward()
+        loss_sum, count = distributed.sums(loss_sum, count)
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
-        together = torch.cat([g.flatten() for g in gradients])
-        distributed.add_up(together)
-        for g, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(summed.view_as(g))
+        if size > 1:
+            together = torch.cat([g.flatten() for g in gradients])
+            distributed.add_up(together)
+            for g, summed in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+                g.copy_(summed.view_as(g))
+        torch._foreach_div_(gradients, count)
         return loss_sum, count
+
+    def _tell_once(self, what: str) -> None:
+        if not self.told:
+            self.told = True
+            self.log(what)
 
     def _tick(self) -> float:
         now = time.perf_counter()
@@ -311,7 +328,8 @@ class _Run:
     def _validate(self, epoch: float):
         state = self.state
         self.clock = time.perf_counter()
-        loss = evaluate(self.objective, self.valid, self.device)
+        with autocast(self.device):
+            loss = evaluate(self.objective, self.valid, self.device)
         valid_seconds = time.perf_counter() - self.clock
         if not math.isfinite(loss):
             self._diverged(f"the validation loss is {loss} after step {state.step}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.pruning.search import LEFT, aim, predict
+from common.pruning.search import LEFT, START, aim, predict
 
 
 def reached(limit: float, after, least: float = 0.0) -> list[tuple[float, float]]:
@@ -16,20 +16,21 @@ def reached(limit: float, after, least: float = 0.0) -> list[tuple[float, float]
     return tried
 
 
-def test_at_first_a_share_of_the_excess_is_expected_to_be_left():
-    assert aim(2.05, 2.0, []) == pytest.approx(0.05 / LEFT)
-    assert aim(1.95, 2.0, []) < 0
+def test_what_is_guessed_at_first_needs_one_training():
+    assert aim(2.05, 2.0, []) == pytest.approx(2.0 * START + 0.05 / LEFT)
+    assert aim(1.85, 2.0, []) < 0
+    assert len(reached(2.05, lambda above: 2.0 + LEFT * (above - 2.0 * START))) == 1
 
 
 @pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
-def test_after_one_failure_the_share_is_known(share):
+def test_after_two_failures_the_line_is_known(share):
     tried = reached(2.05, lambda above: 2.0 + share * above)
-    assert len(tried) == 2 and tried[1][0] == pytest.approx(0.9 * 0.05 / share)
+    assert len(tried) == 3 and tried[2][0] == pytest.approx(0.9 * 0.05 / share)
 
 
 def test_a_limit_below_the_originals_loss_is_met_if_training_lowers_that():
-    tried = reached(1.95, lambda above: 1.9 + 0.4 * above + 0.3 * above ** 2, least=0.001)
-    assert tried[0][0] == 0.001 and tried[-1][1] <= 1.95  # the first says how low training gets
+    tried = reached(1.85, lambda above: 1.8 + 0.4 * above + 0.3 * above ** 2, least=0.001)
+    assert tried[0][0] == 0.001 and tried[-1][1] <= 1.85
 
 
 def test_a_limit_that_nothing_meets_ends_at_the_original():

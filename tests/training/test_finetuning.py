@@ -62,5 +62,5 @@ def test_dropout_reaches_the_attention_weights_too(own):
 def test_a_resume_compares_what_decides_the_result():
     inputs = {"model": (Path("m.pth"), "0" * 64, {})}
     arguments = {"lr": 0.1, "seed": 7, "model": Path("m.pth"), "resume": True, "overwrite": True, "target_loss": 1.0,
-                 "early_stop": 2.0, "device": "cpu"}
+                 "device": "cpu"}
     assert fingerprint(arguments, inputs) == {"lr": "0.1", "seed": "7", "model": "0" * 64}

@@ -83,29 +83,6 @@ def test_the_best_weights_are_held_on_the_cpu(monkeypatch):
     assert run.best == {"w": (("cpu",), {"copy": True})}
 
 
-def test_early_stop(tmp_path):
-    result = train_toy(tmp_path, lr=30.0, epochs=50, early_stop=2.0)
-    assert result.reason == "no better validation loss for 2 epochs" and float(rows_of(tmp_path)[-1][0]) == 2.0
-
-
-@pytest.mark.parametrize(("epochs", "better", "patience"), [((0.0, 1.3, 2.3), 1.3, 1.0), ((0.0, 0.2, 0.3), 0.2, 0.1)])
-def test_early_stop_counts_parts_of_an_epoch(tmp_path, epochs, better, patience):
-    state = checkpoint.State(best_epoch=better)
-    for epoch in epochs:
-        state.rows.append([epoch, None, 2.0])
-        options = FitOptions(9, 1e-3, tmp_path, tmp_path, early_stop=patience)
-        reason = loop._Run._stop_reason(SimpleNamespace(state=state, options=options))
-        assert (reason is not None) == (epoch == epochs[-1])
-
-
-def test_early_stop_counts_on_after_a_resume(tmp_path, monkeypatch):
-    after_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted):
-        train_toy(tmp_path, lr=30.0, epochs=50, early_stop=2.0)
-    result = train_toy(tmp_path, lr=30.0, epochs=50, early_stop=2.0, resume=True)
-    assert result.reason == "no better validation loss for 2 epochs" and float(rows_of(tmp_path)[-1][0]) == 2.0
-
-
 def test_eval_every_counts_steps_and_an_epoch_ends_with_a_validation(tmp_path):
     train_toy(tmp_path, epochs=4, eval_every=3)
     assert [int(row[3]) for row in rows_of(tmp_path)] == [0, 2, 3, 4, 6, 8]
@@ -118,19 +95,34 @@ def test_the_learning_rate_warms_up_and_falls(tmp_path, monkeypatch):
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 7e-4, 6e-4, 5e-4, 4e-4, 3e-4, 2e-4, 1e-4], rel=1e-9)
 
 
-def test_from_scratch_embeddings_learn_faster(origin, tmp_path):
-    for scratch, factors in ((False, [1.0, 1.0]), (True, [1.0, loop.EMBEDDING_FACTOR])):
-        optimizer = loop._optimizer(origin.network, FitOptions(1, 1.0, tmp_path, tmp_path, from_scratch=scratch))
-        assert [group["factor"] for group in optimizer.param_groups] == factors
-        assert any(p is origin.network.shared.weight for p in optimizer.param_groups[1]["params"])
+@pytest.mark.parametrize("loss", [0.9, 1.1])
+def test_an_untrained_models_embeddings_learn_faster(origin, tmp_path, monkeypatch, loss):
+    """Untrained is a model that starts no better than guessing; a loss is in units of that here."""
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    class Idle:
+        sha256 = ""
+
+        def collate(self, *arguments):
+            stop()
+
+    run = loop._Run(origin.network.requires_grad_(True), Idle(), Idle(), FitOptions(1, 1.0, tmp_path, tmp_path), "cpu",
+                    {}, 0.0, None, None, math.inf)
+    run.state.rows.append([0.0, None, loss * math.log(origin.network.config.vocab_size)])
+    with pytest.raises(KeyboardInterrupt):
+        run._step([None] * 40, 40)
+    others, embeddings = run.optimizer.param_groups
+    assert embeddings["lr"] == others["lr"] * (loop.EMBEDDING_FACTOR if loss > 1 else 1)
+    assert any(p is origin.network.shared.weight for p in embeddings["params"])
 
 
-SCHEDULE = {"from_scratch": True, "eval_every": 3, "early_stop": 5.0}
+SCHEDULE = {"eval_every": 3}
 
 
 @pytest.fixture(scope="module")
 def whole(made, text, tmp_path_factory):
-    """An undisturbed run with all that there is: dropout, masks, warm-up, early stop."""
+    """An undisturbed run with all that there is: dropout, masks, warm-up."""
     return run(made, text, tmp_path_factory.mktemp("whole"), **SCHEDULE)
 
 

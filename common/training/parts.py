@@ -1,0 +1,46 @@
+"""How a step fits into memory: a batch in parts, activations computed twice, half precision on a GPU."""
+
+import contextlib
+import math
+
+import torch
+
+from common import distributed
+from common.t5.cost import Shape
+
+# Into more parts a batch is not cut before activations are computed twice, for a third more time: small products are
+# slow, too.
+_MOST_PARTS = 4
+
+
+class Parts:
+    """In how many parts a step's gradient is added up, so that --batch-tokens is not bound by memory."""
+
+    def __init__(self, objective, room: float):
+        """``room``: bytes for activations on this process's device; of several processes the least counts.
+
+        An ``objective`` without a network takes its batches whole.
+        """
+        self.network = getattr(objective, "network", None)
+        self.shape = self.network and Shape.of(self.network)
+        self.room = room if distributed.size() == 1 else -distributed.highest(-int(min(room, 1 << 60)))
+
+    def of(self, batch: dict) -> int:
+        """Return the number of parts for a batch; sets whether the network computes activations twice."""
+        if self.network is None or self.room == math.inf:
+            return 1
+        rows, source, target = -(-len(batch["labels"]) // distributed.size()), *(
+            batch[key].shape[1] for key in ("input_ids", "labels"))
+        for recompute in (False, True):
+            part = min(rows, self.room // self.shape.activations(1, source, target, recompute))
+            if part * _MOST_PARTS >= rows:
+                break
+        self.network.encoder.recompute = self.network.decoder.recompute = recompute
+        return -(-rows // max(int(part), 1))
+
+
+def autocast(device):
+    """Return a context in which a GPU multiplies in bfloat16 (weights, sums and losses stay float32), if it can."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
