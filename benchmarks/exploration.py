@@ -267,20 +267,23 @@ def settings(e: Exploration) -> tuple[list[dict], dict]:
         r["arm"]: (r["lr"], r["dropout"]) for r in sorted(rows, key=lambda r: -min(r["loss"]))}
 
 
-def find(e: Exploration, alpha: float, limit: float) -> dict:
-    """Return what every arm finds for a limit."""
-    headline = alpha == e.args.headline
-    counts = [*(SUBSPACES if headline else ()), e.args.configurations, None]
-    found = {"limit": limit, "ours": {str(count): e.propose(e.candidates(count), limit) for count in counts}}
-    found["same"] = e.bisect("same", limit) if headline else None
-    found["published"] = e.walk(limit)
-    return found | {"scores": scored(e, found)}
+def find(e: Exploration, alpha: float, found: dict, part: str) -> None:
+    """Add what an arm finds for a limit."""
+    if part == "published":
+        found[part] = e.walk(found["limit"])
+    elif part == "ours":
+        found[part] = {str(count): e.propose(e.candidates(count), found["limit"])
+                       for count in (e.args.configurations, None)}
+    elif alpha == e.args.headline and part == "same":
+        found[part] = e.bisect(part, found["limit"])
+    elif alpha == e.args.headline:
+        found["ours"] |= {str(count): e.propose(e.candidates(count), found["limit"]) for count in SUBSPACES}
+    found["scores"] = scored(e, found)
 
 
-def explore(args) -> dict:
-    """Train what is needed and not there yet; return every curve and what each arm found."""
+def explore(args, path: Path) -> None:
+    """Train what is needed and not there yet; write every curve and what each arm found, part by part."""
     dense = stages_scores(args, args.out / "dense.json", [args.model])[0]
-    limits = {alpha: dense["validation_loss"] * (1 + alpha) for alpha in ALPHAS}
     result = {"dense": dense, "alphas": ALPHAS, "seeds": [], "configurations": args.configurations}
     prior = []
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -294,14 +297,16 @@ def explore(args) -> dict:
             wanted = ALPHAS if not seed else (args.headline,)
             if not seed:
                 e.known("published", range(args.every // 2, args.configurations, args.every))
-            with ThreadPoolExecutor(len(wanted)) as side:
-                found = side.map(lambda alpha, e=e: find(e, alpha, limits[alpha]), wanted)
-                alphas = {str(alpha): arms for alpha, arms in zip(wanted, found, strict=True)}
-            result["seeds"].append({"seed": seed, "kept": [e.kept(c) for c in e.configurations], "present": e.present,
-                                    "alphas": alphas, "rows": list(e.rows.values())})
+            alphas = {alpha: {"limit": dense["validation_loss"] * (1 + alpha)} for alpha in wanted}
+            result["seeds"].append({"seed": seed, "kept": [e.kept(c) for c in e.configurations], "present": e.present})
+            for part in ("ours", "published", "subspaces", "same"):
+                with ThreadPoolExecutor(len(wanted)) as side:
+                    list(side.map(lambda item, e=e, part=part: find(e, *item, part), alphas.items()))
+                result["seeds"][-1] |= {"alphas": {str(alpha): found for alpha, found in alphas.items()},
+                                        "rows": list(e.rows.values())}
+                path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+                print(f"seed {seed}: {part} done, {path} written", flush=True)
             prior = prior + e.trained()
-            print(f"seed {seed} done", flush=True)
-    return result
 
 
 def stages_scores(args, output: Path, models: list[Path]) -> list[dict]:
@@ -314,7 +319,7 @@ def stages_scores(args, output: Path, models: list[Path]) -> list[dict]:
 def scored(e: Exploration, found: dict) -> dict:
     """Return the scores of what each arm found; the rivals' models were trained to the end of the epoch."""
     chosen = {f"ours {name}": found["ours"][name]["found"] for name in (str(e.args.configurations), "None")}
-    for arm, place in (("published", found["published"]), ("same", (found["same"] or {}).get("found"))):
+    for arm, place in (("published", found.get("published")), ("same", found.get("same", {}).get("found"))):
         chosen[arm] = e.rows[arm, place] if place is not None else None
     result = {}
     for name, row in chosen.items():
@@ -373,9 +378,10 @@ def main(argv=None) -> int:
     args = p.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.results / ("exploration_time.json" if args.time else "exploration.json")
-    result = timed(args) if args.time else explore(args)
-    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(f"{path}: written")
+    if args.time:
+        path.write_text(json.dumps(timed(args)) + "\n", encoding="utf-8")
+    else:
+        explore(args, path)
     return 0
 
 

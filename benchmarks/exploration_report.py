@@ -95,7 +95,7 @@ def report(result: dict, clock: Clock, results: Path) -> None:
                 return found["ours"][space]["found"] and found["ours"][space]["found"]["kept"]
 
             tried, seconds, place = base("published")
-            own, same, scores = ours(str(total)), found["same"], found["scores"]
+            own, same, scores = ours(str(total)), found.get("same"), found["scores"]
             rivals = ["–", "–", "–"]
             if same:
                 bisection = sum(clock.training(rows["same"][p], limit) for p in same["visited"])

@@ -25,15 +25,14 @@ from common import cli  # noqa: E402
 
 def configurations(args) -> list[dict[str, float]]:
     """Return the best configuration for each of --speedup, by multiply-adds at the shape."""
+    from common.files.jsonfile import read_json
     from common.pruning import bank, search
     from common.pruning.configurations import removed_count
     from common.t5 import model
     from common.t5.shrink import used
 
     opened, measured = bank.load(args.bank), args.bank.with_suffix(".sensitivity.json")
-    content = json.loads(measured.read_text(encoding="utf-8"))
-    found = search.Sensitivity(content["dense"], {
-        (row["block"], tuple(row["rates"])): row["validation_loss"] for row in content["variants"]})
+    found = search.read(measured, opened, read_json(measured)["of"])
     counts = {name: len(mask) for name, mask in used(model.load(args.model).network).items()}
     shape = SHAPES[args.shape]
     d, deeper = shape["d_model"], shape["num_layers"] / (1 + max(int(name.split(".")[2]) for name in counts))

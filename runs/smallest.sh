@@ -7,7 +7,7 @@
 # DATA_DIR  a folder with train.en, train.de, …; multi30k: downloaded; demo
 # ALPHA     e.g. 0.02: 2 % above
 # OUT       where results go (default out/smallest-ALPHA); a stopped run goes on where it was
-# PAIRS     pairs of each training (default 10000); TRAIN: its other flags.
+# PAIRS     pairs of each training (default: all of the text, once); TRAIN: its other flags.
 set -euo pipefail
 model=${1:?MODEL DATA_DIR ALPHA [OUT]} alpha=${3:?MODEL DATA_DIR ALPHA [OUT]}
 [[ $alpha =~ ^-?[0-9]*\.?[0-9]+$ ]] || { echo "error: ALPHA is a number such as 0.02, not '$alpha'" >&2; exit 2; }
@@ -16,7 +16,7 @@ model=${1:?MODEL DATA_DIR ALPHA [OUT]} alpha=${3:?MODEL DATA_DIR ALPHA [OUT]}
 out=$(realpath -m "${4:-out/smallest-$alpha}")
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 mkdir -p "$out"
-train=(--epochs 1 --max-train-sentences "${PAIRS:-10000}" ${TRAIN:---distillation --dropout 0 --lr 2e-3 --eval-every 40})
+train=(--epochs 1 ${PAIRS:+--max-train-sentences "$PAIRS"} ${TRAIN:---dropout 0 --lr 2e-3 --eval-every 80})
 
 make "$out/origin.pth" download_model.py -m "$model" -o "$out/origin.pth"
 make "$out/scores.json" evaluate.py -m "$out/origin.pth" --json "$out/scores.json" "${data[@]}"

@@ -21,9 +21,10 @@ from common.files.jsonfile import read_measurement, sealed
 from common.pruning.bank import Bank, Key
 from common.pruning.configurations import Configuration, required_variants
 from common.runtime import progress
-from common.t5.loss import TranslationLoss, evaluate
+from common.t5.loss import TranslationLoss, evaluate, network_inputs, token_loss
 from common.t5.model import Model
 from common.t5.modules import kind_of, members, parent_of, prunable, weight_names
+from common.t5.walk import Sublayer, walk
 from common.text.batches import Batches
 
 VALIDATION_SENTENCES = 400  # that losses are measured on
@@ -48,22 +49,43 @@ class Sensitivity:
 def measure(model: Model, bank: Bank, valid: Batches, device) -> Sensitivity:
     """Evaluate the original with each variant of a bank alone in the place of its block.
 
+    What comes before a sub-layer is computed once for all of its variants.
+
     Args:
         model: the original, its network on ``device``; as before when this returns.
     """
-    network, objective = model.network, TranslationLoss(model.network)
-    dense, losses = evaluate(objective, valid, device), {}
-    for key in progress(bank.entries, "evaluating variants", len(bank.entries)):
-        variant = bank.read(key)
-        before = {name: network.get_parameter(name).clone() for name in variant.weights}
-        try:
-            for name, weight in variant.weights.items():
-                network.get_parameter(name).copy_(weight)
-            losses[key] = evaluate(objective, valid, device)
-        finally:
-            for name, weight in before.items():
-                network.get_parameter(name).copy_(weight)
-    return Sensitivity(dense, losses)
+    network, losses, batches = model.network, {}, list(valid.fixed(device))
+    dense = evaluate(TranslationLoss(network), valid, device)
+    with progress(what="evaluating variants", total=len(bank.entries)) as bar:
+        for sublayer in walk(network, [batches], device):
+            for key in (key for key in bank.entries if f"{key[0]}.".startswith(f"{sublayer.name}.")):
+                variant = bank.read(key)
+                before = {name: network.get_parameter(name).clone() for name in variant.weights}
+                try:
+                    for name, weight in variant.weights.items():
+                        network.get_parameter(name).copy_(weight)
+                    losses[key] = _loss_from(network, sublayer, batches)
+                finally:
+                    for name, weight in before.items():
+                        network.get_parameter(name).copy_(weight)
+                bar.update()
+    return Sensitivity(dense, {key: losses[key] for key in bank.entries})
+
+
+def _loss_from(network, sublayer: Sublayer, batches: list[dict]) -> float:
+    """Return the loss per token of a text that has come as far as a sub-layer."""
+    total = count = 0.0
+    for stream, batch in zip(sublayer.splits[0], batches, strict=True):
+        inputs, tokens = network_inputs(batch, network.config)
+        if sublayer.name.startswith("encoder"):
+            states = network.encoder.from_layer(sublayer.number, stream.states, stream.mask)
+            states = network.decoder(inputs["decoder_input_ids"], None, states, stream.mask)
+        else:
+            states = network.decoder.from_layer(sublayer.number, stream.states, None, stream.source.states,
+                                                stream.source.mask)
+        loss, n = token_loss(network.head(states[inputs["where"]]), tokens)
+        total, count = total + float(loss), count + n
+    return total / count
 
 
 def write(path: Path, found: Sensitivity, origin: dict[str, str]) -> None:

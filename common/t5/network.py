@@ -4,6 +4,7 @@ Modules and weights have the names that they have in Hugging Face's files. Layer
 and sub-layers may be missing: that is how `common.t5.shrink` leaves a pruned network.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -225,10 +226,13 @@ class Stack(nn.Module):
             mask: additive, of tokens that do not count, (batch, 1, 1, length).
             source: the encoder's states (batch, source length, d_model); source_bias: their mask, additive.
         """
-        states = self.dropout(self.embed_tokens(ids))
-        bias = self.position_bias(ids.shape[1])
+        return self.from_layer(0, self.dropout(self.embed_tokens(ids)), mask, source, source_bias)
+
+    def from_layer(self, first: int, states, mask=None, source=None, source_bias=None):
+        """As `forward`, from the states before sub-layer number ``first`` on."""
+        bias = self.position_bias(states.shape[1])
         bias = bias if mask is None else bias + mask
-        for layer in self.layers():
+        for layer in itertools.islice(self.layers(), first, None):
             given = states, bias, source, source_bias
             twice = self.recompute and self.training
             states = checkpoint(layer, *given, use_reentrant=False) if twice else layer(*given)

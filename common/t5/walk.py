@@ -6,6 +6,7 @@ memory is the text's streams and what one sub-layer's consumer keeps, whatever t
 compare two networks. (As SparseGPT, Frantar & Alistarh 2023, goes through a decoder block by block.)
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,11 +35,13 @@ class Sublayer:
 
     Attributes:
         name: of its module, e.g. ``encoder.block.0.layer.1.DenseReluDense``.
+        number: of the sub-layer in its stack, from 0.
         splits: the streams of each text.
         out: name of its module that writes into the residual stream, ``o`` or ``wo``.
     """
 
-    def __init__(self, network, name: str, layer, splits: list[list[Stream]], positions: dict):
+    def __init__(self, network, name: str, number: int, layer, splits: list[list[Stream]], positions: dict):
+        self.number = number
         self.network, self.name, self.splits, self._norm = network, name, splits, layer.layer_norm
         self.module, self._positions = network.get_submodule(name), positions
         self.is_attention = name.endswith(ATTENTIONS)
@@ -172,10 +175,11 @@ def _walk(network, splits: list[list[dict]]) -> Iterator[Sublayer]:
 
 
 def _walk_stack(network, name: str, splits: list[list[Stream]]) -> Iterator[Sublayer]:
-    stack, positions = network.get_submodule(name), {}
+    stack, positions, number = network.get_submodule(name), {}, itertools.count()
     for i, block in enumerate(stack.block):
         for j, layer in enumerate(block.layer):
-            sublayer = Sublayer(network, f"{name}.block.{i}.layer.{j}.{layer.kind}", layer, splits, positions)
+            sublayer = Sublayer(network, f"{name}.block.{i}.layer.{j}.{layer.kind}", next(number), layer, splits,
+                                positions)
             yield sublayer
             sublayer.advance()
     for stream in (s for split in splits for s in split):
