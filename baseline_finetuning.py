@@ -35,8 +35,9 @@ def main(argv=None) -> int:
         from common import plan
         from common.t5.header import read_header
 
-        return plan.show(plan.training(read_header(args.model), [], args.batch_tokens, args.epochs,
-                                       args.max_train_sentences, bool(args.teacher)), args.output)
+        return plan.show(plan.training(read_header(args.model), {}, args.batch_tokens, args.epochs,
+                                       args.max_train_sentences, args.teacher and read_header(args.teacher)),
+                         args.output)
     with cli.training_outputs(args):
         from common import runtime
         from common.t5 import model

@@ -91,8 +91,10 @@ def main(argv=None) -> int:
         from common.pruning import bank
         from common.t5.header import read_header
 
-        return plan.show(plan.block_level(read_header(args.model), list(bank.load(args.bank).entries), args.solver,
-                                          args.epochs, args.max_train_sentences), args.output)
+        header, opened = read_header(args.model), bank.load(args.bank)
+        opened.check_origin(header.identity, args.model)
+        return plan.show(plan.block_level(header, list(opened.entries), args.solver, args.epochs,
+                                          args.max_train_sentences), args.output)
     check_outputs(True, args.stats)  # a folder has no suffix
     variants, by_gradient = args.stats.with_suffix(".variants.csv"), args.solver != "exact"
     if args.configurations and args.solver != "joint":

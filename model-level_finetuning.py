@@ -33,13 +33,16 @@ def main(argv=None) -> int:
     check_inputs(args.model, args.bank, args.configurations)
     if args.plan:
         from common import plan
-        from common.pruning.configurations import nth, read_configurations, required_variants
+        from common.pruning import bank
+        from common.pruning.configurations import nth, read_configurations
         from common.t5.header import read_header
 
+        header, opened = read_header(args.model), bank.load(args.bank)
+        opened.check_origin(header.identity, args.model)
         chosen = nth(read_configurations(args.configurations), args.number, args.configurations)
-        return plan.show(plan.training(read_header(args.model), list(required_variants(chosen).items()),
-                                       args.batch_tokens, args.epochs, args.max_train_sentences, args.distillation),
-                         args.output)
+        opened.check_serves(chosen)
+        return plan.show(plan.training(header, chosen, args.batch_tokens, args.epochs, args.max_train_sentences,
+                                       header if args.distillation else None, composes=True), args.output)
     with cli.training_outputs(args):
         from common import runtime
         from common.files.provenance import hashes

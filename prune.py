@@ -37,11 +37,13 @@ def main(argv=None) -> int:
     check_inputs(args.model, args.scheme)
     if args.plan:
         from common import plan
-        from common.pruning.scheme import read_scheme
+        from common.pruning.configurations import check_modules
+        from common.pruning.scheme import modules_of, read_scheme
         from common.t5.header import read_header
 
-        return plan.show(plan.prune(read_header(args.model), plan.variants_of(read_scheme(args.scheme)[0]),
-                                    args.criterion == "obs"), args.output)
+        header, scheme = read_header(args.model), read_scheme(args.scheme)[0]
+        check_modules(modules_of(scheme), header.kinds, args.scheme)
+        return plan.show(plan.prune(header, plan.variants_of(scheme), args.criterion == "obs"), args.output)
     with outputs(args.overwrite, args.output, args.pruned_model):
         from common import runtime
         from common.files.provenance import hashes, provenance

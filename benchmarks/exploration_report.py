@@ -95,6 +95,7 @@ def report(result: dict, clock: Clock, results: Path) -> None:
                 return found["ours"][space]["found"] and found["ours"][space]["found"]["kept"]
 
             tried, seconds, place = base("published")
+            runs = len(found["ours"][str(total)]["runs"])
             own, same, scores = ours(str(total)), found.get("same"), found["scores"]
             rivals = ["–", "–", "–"]
             if same:
@@ -102,8 +103,9 @@ def report(result: dict, clock: Clock, results: Path) -> None:
                 rivals = [f"{base('same')[1] / own:.0f}", f"{bisection / own:.1f}",
                           size(None if same["found"] is None else kept[same["found"]])]
             lines.append([
-                name, str(seed["seed"]), f"{tried} → {len(found['ours'][str(total)]['runs'])}",
-                f"{seconds / 3600:.2f} → {own / 3600:.3f}", f"{seconds / own:.0f}",
+                name, str(seed["seed"]), f"{tried} → {runs}", f"{seconds / 3600:.2f} → {own / 3600:.3f}",
+                f"{seconds / own:.0f}", f"{tried / runs:.0f} × {seconds / tried * runs / (own - once):.2f} × "
+                f"{(own - once) / own:.2f}",
                 f"{base('published', workers=WORKERS)[1] / ours(str(total), WORKERS):.0f}", f"{once / own:.0%}",
                 *rivals, size(None if place is None else kept[place]), size(found_by(str(total))),
                 size(found_by("None")), *(f"{scores[key]['bleu']:.1f} / {scores[key]['chrf']:.1f}" if key in scores
@@ -116,7 +118,8 @@ def report(result: dict, clock: Clock, results: Path) -> None:
                                    f"{speedup:.1f}", size(None if place is None else kept[place]),
                                    size(found_by(space))])
                     drawn.setdefault(alpha, {}).setdefault(int(space), []).append(speedup)
-    table(["α", "seed", "configurations tried", "hours", "speed-up", f"on {WORKERS} workers", "paid once",
+    table(["α", "seed", "configurations tried", "hours", "speed-up",
+           "trainings avoided × each cheaper × share not paid once", f"on {WORKERS} workers", "paid once",
            "against same masks", "against bisection", "size same", "size published", "ours", "ours, any",
            "BLEU / chrF published", "same", "ours", "ours, any"], lines)
     table(["α", "seed", "space", "configurations tried", "speed-up", "size published", "ours"], spaces)

@@ -73,17 +73,16 @@ def plans(s: Shape) -> dict[str, int]:
 
     network = build_network(configuration(s))
     kinds, c = prunable(network), network.config
-    weights = {id(p): p.numel() for p in network.parameters()}
     header = Header(c, kinds, {name: c.num_heads if kind == "attention" else c.d_ff for name, kind in kinds.items()
-                               if kind != "linear"}, sum(weights.values()))
+                               if kind != "linear"}, {n: (p.numel(),) * 2 for n, p in network.named_parameters()}, "")
     last = f".block.{s.layers - 1}."
-    keys = plan.variants_of(make_scheme([{name: heads if kinds[name] == "attention" else rate for name in kinds
-                                          if last in name and kinds[name] != "feed-forward"}
-                                         for heads, rate in zip(HEADS, LINEAR, strict=True)]))
+    both = [{name: heads if kinds[name] == "attention" else rate for name in kinds
+             if last in name and kinds[name] != "feed-forward"} for heads, rate in zip(HEADS, LINEAR, strict=True)]
+    keys = plan.variants_of(make_scheme(both))
     made = {"prune, l1": plan.prune(header, keys, False), "prune, obs": plan.prune(header, keys, True),
             "block level": plan.block_level(header, keys, "exact", 1, None),
-            "baseline training": plan.training(header, [], 1024, 1, None, False),
-            "model-level training": plan.training(header, keys[:1], 1024, 1, None, True)}
+            "baseline training": plan.training(header, {}, 1024, 1, None),
+            "model-level training": plan.training(header, both[1], 1024, 1, None, header, composes=True)}
     return {stage: planned["memory"] for stage, planned in made.items()}
 
 

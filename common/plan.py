@@ -10,36 +10,49 @@ from pathlib import Path
 
 from common.least_squares import SOLVED_AT_ONCE
 from common.pruning.bank import Key
+from common.pruning.configurations import Configuration, required_variants
 from common.t5.cost import Shape
 from common.t5.header import Header
-from common.t5.modules import kind_of, members
+from common.t5.modules import kind_of, members, weight_names
 from common.text.batches import BATCH_TOKENS, CALIBRATION_SENTENCES
 
 LIBRARIES = 340 << 20  # bytes that torch and what the stages import take
-PAIRS, TOKENS = 29_000, 20  # Multi30K has so many pairs; and of tokens 12 to 18 a sentence, by the vocabulary
+PAIRS, TOKENS = 29_000, 16  # Multi30K has so many pairs; and of tokens 12 to 18 a sentence, by the vocabulary
 VALIDATION = 1_000  # sentences
 
 
 class Sizes:
-    """A model's sizes in memory, bytes; ``widest`` and ``block`` are the inputs and weights of its widest module."""
+    """A model's sizes: ``model`` in bytes as it is in memory, zeros included, ``prunable`` weights with them,
+    ``largest`` weights of a tensor; ``widest`` and ``block`` are the inputs and weights of its widest module.
+    """
 
     def __init__(self, header: Header):
-        c, self.shape = header.config, Shape.of_header(header)
-        self.d, self.d_ff, self.inner = c.d_model, c.d_ff, c.num_heads * c.d_kv
-        self.parts = ("wi_0", "wi_1", "wo") if c.is_gated_act else ("wi", "wo")
-        attentions = c.num_layers + 2 * c.num_decoder_layers
-        feed_forwards = c.num_layers + c.num_decoder_layers
-        self.prunable = self.d * (4 * self.inner * attentions + len(self.parts) * c.d_ff * feed_forwards)
-        self.largest = c.vocab_size * self.d
-        self.weights = self.prunable + self.largest * (1 if c.tie_word_embeddings else 2)
-        self.model, self.kept = 4 * self.weights, 4 * header.weights
-        self.widest = max(c.d_ff, self.inner)
+        self.header, self.shape = header, Shape.of_header(header)
+        c = header.config
+        self.d, self.inner, self.widest = c.d_model, c.num_heads * c.d_kv, max(c.d_ff, c.num_heads * c.d_kv)
         self.block = self.d * self.widest
+        self.model = 4 * sum(whole for _, whole in header.weights.values())
+        self.kept = sum(kept for kept, _ in header.weights.values())
+        names = {name for module in header.kinds for name in weight_names(module)}
+        self.prunable = sum(whole for name, (_, whole) in header.weights.items() if name in names)
+        self.largest = c.vocab_size * self.d
         self.loaded = self.model + 7 * self.largest  # the check that weights are finite takes 7 bytes of each
 
     def streams(self, sentences: int) -> int:
         """Return the bytes of the encoder's states and of the decoder's before and after a sub-layer."""
         return 4 * self.d * 3 * sentences * TOKENS
+
+    def stored(self, key: Key) -> tuple[int, int, float]:
+        """Return (weights with their zeros, how many were left before, kept ones) of what a bank holds of a variant."""
+        block, rates = key
+        whole, before, kept, of = 0, 0, 0.0, dict(zip(members(block), rates, strict=True))
+        for name in weight_names(block):
+            module = name.removesuffix(".weight")
+            if name in self.header.weights and (rates[0] or module in of):  # q, k and v only if a head is removed
+                there, all_of_it = self.header.weights[name]
+                own = 0.0 if module == block else of.get(module, 0.0)
+                whole, before, kept = whole + all_of_it, before + there, kept + there * (1 - rates[0]) * (1 - own)
+        return whole, before, kept
 
 
 def variants_of(scheme: dict) -> list[Key]:
@@ -47,35 +60,20 @@ def variants_of(scheme: dict) -> list[Key]:
     return [(block, rates) for block, every in scheme.items() for rates in every]
 
 
-def _stored(s: Sizes, key: Key) -> tuple[int, float]:
-    """Return (weights, kept ones) of what a bank holds of a variant."""
-    (block, rates), kind = key, kind_of(key[0])
-    if kind == "linear":
-        sizes, gone = [s.d * s.d_ff], [rates[0]]
-    elif kind == "attention":
-        sizes = [s.d * s.inner] * (4 if rates[0] else 1)  # without q, k and v where no head is removed
-        gone = [1 - (1 - rates[0]) * (1 - rates[1]), *[rates[0]] * 3][:len(sizes)]
-    else:
-        of = dict(zip(members(block), rates, strict=True))
-        parts = [name for name in members(block)[1:] if name.rpartition(".")[2] in s.parts]
-        sizes, gone = [s.d * s.d_ff] * len(parts), [1 - (1 - rates[0]) * (1 - of[name]) for name in parts]
-    return sum(sizes), sum(size * (1 - rate) for size, rate in zip(sizes, gone, strict=True))
-
-
 def bank_bytes(s: Sizes, keys: Iterable[Key]) -> int:
     """Return the bytes of a bank: 4 of each weight that is kept, a bit of each."""
-    return int(sum(whole / 8 + 4 * kept for whole, kept in (_stored(s, key) for key in keys)))
+    return int(sum(whole / 8 + 4 * kept for whole, _, kept in map(s.stored, keys)))
 
 
 def prune(header: Header, keys: list[Key], obs: bool) -> dict[str, int]:
     """Return the plan of prune.py, {what: bytes, number or operations}."""
     s = Sizes(header)
     if not obs:
-        return _plan(s, keys, bank_bytes(s, keys), s.model + 40 * s.block, s.weights * len(keys))
+        return _plan(s.kept, keys, bank_bytes(s, keys), s.model + 40 * s.block, s.prunable * len(keys))
     gram, working = 8 * s.widest ** 2, 8 * BATCH_TOKENS * s.widest
     # The ridge, its factor and inverse; or solving, and sorting what each weight would cost.
     solving = max(5 * gram, 2 * gram + 12 * s.widest ** 2 + 120 * s.block)
-    return _plan(s, keys, bank_bytes(s, keys), s.loaded + s.streams(CALIBRATION_SENTENCES)
+    return _plan(s.kept, keys, bank_bytes(s, keys), s.loaded + s.streams(CALIBRATION_SENTENCES)
                  + max(working, solving), _walk(s, CALIBRATION_SENTENCES) + _factors(s, keys))
 
 
@@ -84,10 +82,10 @@ def block_level(header: Header, keys: list[Key], solver: str, epochs: int, pairs
     s = Sizes(header)
     disk = bank_bytes(s, keys)
     if solver != "exact":
-        every = 4 * sum(_stored(s, key)[0] for key in keys)  # the variants with their zeros
+        every = 4 * sum(s.stored(key)[0] for key in keys)  # the variants with their zeros
         trained = every if solver == "adamw" else 4 * s.prunable
-        held = s.shape.activations(BATCH_TOKENS // TOKENS, TOKENS, TOKENS)
-        return _plan(s, keys, disk, s.loaded + every + 3 * trained + max(trained, held), int(
+        held = s.shape.activations(BATCH_TOKENS // TOKENS, TOKENS, TOKENS, teacher=True)
+        return _plan(s.kept, keys, disk, s.loaded + every + 3 * trained + max(trained, held), int(
             epochs * (pairs or PAIRS) * s.shape.operations(TOKENS, TOKENS) * (1 + 3 * trained / (4 * s.prunable))))
     gram, working = 8 * s.widest ** 2, 8 * BATCH_TOKENS * s.widest
     count, lost = {}, {}
@@ -95,29 +93,39 @@ def block_level(header: Header, keys: list[Key], solver: str, epochs: int, pairs
         count[block] = count.get(block, 0) + 1
         if kind_of(block) == "attention" and 0 < rates[0] < 1:
             lost.setdefault(block, {})[rates[0]] = (1 - rates[0]) * s.inner
-    together = min(max(count.values()), max(SOLVED_AT_ONCE // s.block, 1))
+    together = min(max(count.values(), default=0), max(SOLVED_AT_ONCE // s.block, 1))
     exact = 2 * gram + 12 * s.widest ** 2 + 15 * s.block * together + 75 * s.block * together
     kept = max((sum(widths.values()) for widths in lost.values()), default=0)
     tokens = (CALIBRATION_SENTENCES + VALIDATION) * TOKENS
     steps = 4 * tokens * (3 * s.d + s.inner + TOKENS * s.shape.heads()) + 144 * kept * s.d if lost else 0
-    return _plan(s, keys, disk, s.loaded + s.streams(CALIBRATION_SENTENCES + VALIDATION)
+    return _plan(s.kept, keys, disk, s.loaded + s.streams(CALIBRATION_SENTENCES + VALIDATION)
                  + max(working, exact, steps), _walk(s, CALIBRATION_SENTENCES + VALIDATION) + _factors(s, keys))
 
 
-def training(header: Header, keys: list[Key], batch_tokens: int, epochs: int, pairs: int | None,
-             teacher: bool) -> dict[str, int]:
-    """Return the plan of a stage that trains a complete model; ``keys`` are of what it composes first."""
-    s, pairs = Sizes(header), pairs or PAIRS
-    stored = [_stored(s, key) for key in keys]
-    kept = s.kept - 4 * sum(whole - left for whole, left in stored)
-    held = s.shape.activations(max(batch_tokens // TOKENS, 1), TOKENS, TOKENS)
-    whole = s.shape.operations(TOKENS, TOKENS)
-    forward = whole * kept / s.kept
+def training(header: Header, configuration: Configuration, batch_tokens: int, epochs: int, pairs: int | None,
+             teacher: Header | None = None, composes: bool = False) -> dict[str, int]:
+    """Return the plan of a stage that trains a complete model.
+
+    Trained is a network without the heads, units and sub-layers that are removed; single weights that are removed are
+    zeros in it, which take memory and operations.
+
+    Args:
+        configuration: what is composed first.
+        composes: whether it is; then the original is held beside it.
+    """
+    s, pairs, keys = Sizes(header), pairs or PAIRS, list(required_variants(configuration).items())
+    kept = s.kept + int(sum(left - before for _, before, left in map(s.stored, keys)))
+    small = s.shape.pruned(configuration)
+    trained = 4 * (sum(whole for _, whole in header.weights.values()) - s.prunable + small.weights())
+    held = small.activations(max(batch_tokens // TOKENS, 1), TOKENS, TOKENS, teacher=bool(teacher))
+    pruned = trained < s.model or kept < s.model // 4
     # A copy of what is cut, AdamW's moments, the best weights, and gradients as the activations go; a teacher's file.
-    cut = kept if kept < s.model else 0
-    peak = s.loaded + cut + 3 * kept + max(kept, held) + teacher * s.model
-    return _plan(s, keys, int(kept + bool(cut) * s.prunable / 8), peak, int(epochs * pairs * (
-        3 * forward + teacher * whole)))
+    peak = s.loaded + pruned * (trained + s.prunable) + 3 * trained + max(trained, held)
+    others = (composes or teacher is not None) * Sizes(teacher or header).model
+    work = 3 * small.operations(TOKENS, TOKENS)
+    if teacher:
+        work += Shape.of_header(teacher).operations(TOKENS, TOKENS)
+    return _plan(kept, keys, int(4 * kept + pruned * s.prunable / 8), peak + others, epochs * pairs * work)
 
 
 def _walk(s: Sizes, sentences: int) -> int:
@@ -130,8 +138,8 @@ def _factors(s: Sizes, keys: list[Key]) -> int:
     return 40 * len(keys) * s.block * s.widest
 
 
-def _plan(s: Sizes, keys, disk: int, peak: int, operations: int) -> dict[str, int]:
-    return {"parameters": s.kept // 4, "variants": len(keys), "disk": disk, "memory": LIBRARIES + int(peak),
+def _plan(parameters: int, keys, disk: int, peak: int, operations: int) -> dict[str, int]:
+    return {"parameters": parameters, "variants": len(keys), "disk": disk, "memory": LIBRARIES + int(peak),
             "operations": int(operations)}
 
 
@@ -144,6 +152,6 @@ def show(plan: dict[str, int], writes: Path) -> int:
           f"variants     {plan['variants']:,}\n"
           f"disk         {plan['disk'] / 1e9:.3g} GB: {writes}\n"
           f"memory       {plan['memory'] / 1e9:.3g} GB at its peak, each process"
-          + (f"; {there / 1e9:.3g} GB are available here" if there else "")
+          + (f"; the CPU has {there / 1e9:.3g} GB to spare" if there else "")
           + f"\noperations   {plan['operations']:.2g}, floating-point, of a text of {TOKENS} tokens a sentence")
     return 0

@@ -64,10 +64,16 @@ def available_memory(device="cpu") -> int | None:
     import torch
 
     if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of freed memory is free
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+        there = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+        with contextlib.suppress(OSError, ValueError, LookupError):  # a container's; "max" is no limit
+            limit, used = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("max", "current"))
+            parts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            there = min(there, limit - used + int(parts["file"]))  # files that are mapped or cached can be dropped
+        return there
     return None
 
 

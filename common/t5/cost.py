@@ -1,8 +1,9 @@
 """What a T5 takes, from shapes alone: operations, and the activations that the backward pass needs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from common.pruning.configurations import removed_count
 from common.t5.config import Config
 
 
@@ -11,37 +12,47 @@ class Shape:
     """The sizes that count.
 
     Attributes:
-        layers: of every sub-layer that is left: whether it is in the decoder, its kind (``SelfAttention``,
-            ``EncDecAttention``, ``DenseReluDense``), and its heads or hidden units.
+        layers: of every sub-layer that is left, by its module's name: its heads or hidden units.
     """
 
     d_model: int
     d_kv: int
     vocabulary: int
     gated: bool
-    layers: tuple[tuple[bool, str, int], ...]
+    layers: dict[str, int]
 
     @classmethod
     def of(cls, network) -> "Shape":
         """Return that of a `common.t5.network.T5`, shrunk or not."""
-        return cls._with(network.config, (
-            (stack is network.decoder, layer.kind, layer.module.wo.in_features if layer.kind == "DenseReluDense"
-             else layer.module.o.in_features // network.config.d_kv)
-            for stack in (network.encoder, network.decoder) for layer in stack.layers()))
+        return cls._with(network.config, {
+            f"{side}.block.{i}.layer.{j}.{layer.kind}": layer.module.wo.in_features if layer.kind == "DenseReluDense"
+            else layer.module.o.in_features // network.config.d_kv
+            for side in ("encoder", "decoder") for i, block in enumerate(getattr(network, side).block)
+            for j, layer in enumerate(block.layer)})
 
     @classmethod
     def of_header(cls, header) -> "Shape":
         """Return that of a `common.t5.header.Header`'s network, shrunk."""
-        return cls._with(header.config, ((name.startswith("decoder"), name.rpartition(".")[2], left)
-                                         for name, left in header.present.items() if left))
+        return cls._with(header.config, {name: left for name, left in header.present.items() if left})
 
     @classmethod
-    def _with(cls, config: Config, layers: Iterator) -> "Shape":
-        return cls(config.d_model, config.d_kv, config.vocab_size, config.is_gated_act, tuple(layers))
+    def _with(cls, config: Config, layers: dict[str, int]) -> "Shape":
+        return cls(config.d_model, config.d_kv, config.vocab_size, config.is_gated_act, layers)
+
+    def pruned(self, configuration: dict[str, float]) -> "Shape":
+        """Return that of a model composed by a configuration."""
+        left = {name: count - removed_count(configuration.get(name, 0.0), count) for name, count in self.layers.items()}
+        return replace(self, layers={name: count for name, count in left.items() if count})
+
+    def weights(self) -> int:
+        """Return the weights of all sub-layers' matrices."""
+        feed_forward = 3 if self.gated else 2
+        return sum(self.d_model * left * (feed_forward if name.endswith("DenseReluDense") else 4 * self.d_kv)
+                   for name, left in self.layers.items())
 
     def heads(self) -> int:
         """Return the most heads that an attention has."""
-        return max((left for _, kind, left in self.layers if kind != "DenseReluDense"), default=0)
+        return max((left for name, left in self.layers.items() if not name.endswith("DenseReluDense")), default=0)
 
     def operations(self, source: int, target: int) -> int:
         """Return the floating-point operations of a pair's forward pass; one backward pass takes twice as many."""
@@ -55,24 +66,27 @@ class Shape:
 
     def squared_inputs(self) -> int:
         """Return the sum of the squared widths of all modules' inputs: the entries of their Gram matrices."""
-        return sum(self.d_model ** 2 + (left * (1 if kind == "DenseReluDense" else self.d_kv)) ** 2
-                   for _, kind, left in self.layers)
+        return sum(self.d_model ** 2 + (left * (1 if name.endswith("DenseReluDense") else self.d_kv)) ** 2
+                   for name, left in self.layers.items())
 
     def _lengths(self, source: int, target: int) -> Iterator[tuple[int, int, str, int]]:
-        for in_decoder, kind, left in self.layers:
-            own = target if in_decoder else source
+        for name, left in self.layers.items():
+            own, kind = target if name.startswith("decoder") else source, name.rpartition(".")[2]
             yield own, own if kind == "SelfAttention" else source, kind, left
 
-    def activations(self, sentences: int, source: int, target: int, recompute: bool = False) -> int:
+    def activations(self, sentences: int, source: int, target: int, recompute: bool = False,
+                    teacher: bool = False) -> int:
         """Return the bytes that a training step holds for its backward pass, in float32, masks of dropout included.
 
         Of each sub-layer: the stream before it, what its norm makes, and the mask of its own dropout; of an attention
         queries, keys, values and what ``o`` reads, and the scores before and after dropout; of a feed-forward the
-        hidden units likewise. At the end the logits, their probabilities and gradients, and a teacher's.
+        hidden units likewise. At the end the logits, their probabilities and the gradients of both; with a teacher its
+        own logits and the targets made of them.
 
         Args:
             sentences: of a batch, which is padded to ``source`` and ``target`` tokens.
             recompute: only the stream is held, and what one sub-layer needs while its backward pass runs.
+            teacher: whether there is one.
         """
         held, largest = 0, 0
         for own, keys, kind, left in self._lengths(source, target):
@@ -82,4 +96,5 @@ class Shape:
             else:
                 numbers += 2 * (own + keys) * left * self.d_kv + 3 * left * own * keys
             held, largest = held + (own * self.d_model if recompute else numbers), max(largest, numbers)
-        return 4 * sentences * (held + (largest if recompute else 0) + 4 * target * self.vocabulary)
+        logits = (6 if teacher else 4) * target * self.vocabulary
+        return 4 * sentences * (held + (2 * largest if recompute else 0) + logits)

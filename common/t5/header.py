@@ -29,13 +29,15 @@ class Header:
     Attributes:
         kinds: {module: kind}, in the network's order.
         present: {attention or feed-forward: number}; a model that was pruned before has fewer than its configuration.
-        weights: how many there are; what is pruned is not among them, also where a file of version 1 holds its zeros.
+        weights: {name: (how many are not pruned, how many there are with those)}; tied ones once.
+        identity: of the model.
     """
 
     config: Config
     kinds: dict[str, str]
     present: dict[str, int]
-    weights: int
+    weights: dict[str, tuple[int, int]]
+    identity: str
 
 
 def read_header(path: Path) -> Header:
@@ -126,5 +128,6 @@ def _header(content: dict, read, path: Path) -> Header:
                 if (mask := masks.get(f"{name}.{part}.weight")) is not None:
                     units &= mask.any(axis=across)
             present[name] = int(units.sum())
-    weights = sum(int(masks[name].sum()) if name in masks else count for name, (_, count) in content["weights"].items())
-    return Header(config, kinds, present, weights)
+    weights = {name: (int(masks[name].sum()), masks[name].size) if name in masks else (count, count)
+               for name, (_, count) in content["weights"].items()}
+    return Header(config, kinds, present, weights, content["identity"])

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -101,8 +102,11 @@ def check_memory(objective: nn.Module, device) -> float:
     Raises:
         UserError: that alone does not fit into the device's memory.
     """
-    weights = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-    needed, there = weights * (5 if torch.device(device).type == "cpu" else 3), available_memory(device)
+    weights, on_cpu = sum(p.nbytes for p in objective.parameters() if p.requires_grad), torch.device(
+        device).type == "cpu"
+    needed, there = weights * (5 if on_cpu else 3), available_memory(device)
+    if there is not None and on_cpu:
+        there //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share the machine
     if there is not None and needed > there:
         raise UserError(f"training {weights / 1e9:.2f} GB of weights takes at least {needed / 1e9:.2f} GB of memory "
                         f"(gradients and AdamW's state included), {there / 1e9:.2f} GB are available; free some "
@@ -260,7 +264,8 @@ class _Run:
     def _step(self, batches, total: int):
         state = self.state
         rate = self._learning_rate(total)
-        untrained = self.words and state.rows[0][2] >= math.log(self.words)  # no better than guessing
+        # No better than guessing: untrained, or pruned so that little of what was learned is left.
+        untrained = self.words and state.rows[0][2] >= math.log(self.words)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * (EMBEDDING_FACTOR if untrained and group["embeddings"] else 1)
         loss, count = self._forward_and_backward(self.train.collate(batches[state.batch], self.device))
@@ -291,7 +296,7 @@ class _Run:
             (loss / count).backward()
             return float(loss.detach()), float(count)
         if torch.device(self.device).type == "cuda":  # by the step, so that a resumed run draws the same
-            torch.cuda.manual_seed(self.state.step * size + distributed.rank())
+            torch.cuda.manual_seed((torch.initial_seed() << 32) + self.state.step * size + distributed.rank())
         if own_parts > 1:
             self._tell_once(f"memory is short: batches are added up in parts, the present one in {own_parts}")
         drawn, loss_sum, count = torch.get_rng_state(), 0.0, 0.0

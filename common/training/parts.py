@@ -11,6 +11,7 @@ from common.t5.cost import Shape
 # Into more parts a batch is not cut before activations are computed twice, for a third more time: small products are
 # slow, too.
 _MOST_PARTS = 4
+_SHARE = 0.7  # of the room, which activations may take: others take some, and allocators keep what they free
 
 
 class Parts:
@@ -21,9 +22,11 @@ class Parts:
 
         An ``objective`` without a network takes its batches whole.
         """
-        self.network = getattr(objective, "network", None)
+        self.network, self.teacher = getattr(objective, "network", None), getattr(objective, "teacher", [None])[0]
         self.shape = self.network and Shape.of(self.network)
-        self.room = room if distributed.size() == 1 else -distributed.highest(-int(min(room, 1 << 60)))
+        self.room = _SHARE * room
+        if distributed.size() > 1:
+            self.room = -distributed.highest(-int(min(self.room, 1 << 60)))
 
     def of(self, batch: dict) -> int:
         """Return the number of parts for a batch; sets whether the network computes activations twice."""
@@ -32,7 +35,8 @@ class Parts:
         rows, source, target = -(-len(batch["labels"]) // distributed.size()), *(
             batch[key].shape[1] for key in ("input_ids", "labels"))
         for recompute in (False, True):
-            part = min(rows, self.room // self.shape.activations(1, source, target, recompute))
+            part = min(rows, self.room // self.shape.activations(1, source, target, recompute,
+                                                                     self.teacher is not None))
             if part * _MOST_PARTS >= rows:
                 break
         self.network.encoder.recompute = self.network.decoder.recompute = recompute
@@ -41,6 +45,7 @@ class Parts:
 
 def autocast(device):
     """Return a context in which a GPU multiplies in bfloat16 (weights, sums and losses stay float32), if it can."""
-    if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
+    there = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    if there and torch.cuda.get_device_capability(device)[0] >= 8:  # older ones only emulate it
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
