@@ -38,12 +38,12 @@ from benchmarks import stages  # noqa: E402
 from common import cli  # noqa: E402
 
 RATES = (0.0, 0.25, 0.5, 0.75)
-ALPHAS = (-0.05, 0.0, 0.02, 0.05)
+ALPHAS = (0.0, 0.05, 0.02, -0.06)
 SUBSPACES = (4, 16, 64, 256)
 GRID = {"published": ((2e-3, 0.0), (4e-3, 0.0), (2e-3, None)),  # learning rate, dropout (None: 0.1)
         "same": ((4e-3, 0.0),), "ours": ((2e-3, 0.0),)}
-ARMS, EVERY = tuple(GRID), 80  # steps between validations
-TIMED = (50, 150, 250, 350, 450)  # places in the list of configurations that --time trains
+EVERY = 80  # steps between validations
+TIMED = (50, 250, 450)  # places in the list of configurations that --time trains, published and ours
 TIMED_PAIRS, ROUNDS = 2000, 3
 
 
@@ -142,8 +142,6 @@ class Exploration:
             flags += ["--dropout", options["dropout"]]
         if "pairs" in options:
             flags += ["--max-train-sentences", options["pairs"]]
-        if "target" in options:
-            flags += ["--target-loss", options["target"]]
         if arm == "ours":
             self.stage(output, "model-level_finetuning", "-m", self.model, "-p", self.banks["tuned"], "-c", conf,
                        *flags, resume=True)
@@ -192,15 +190,18 @@ class Exploration:
         expected = np.array([self.features(place) for place in range(len(self.configurations))]) @ line
         return [int(place) for place in np.flatnonzero(expected - 2 * spread <= limit)]
 
-    def walk(self, limit: float) -> int | None:
-        """Train, from small to large, what may meet a limit, until one does; return its place."""
+    def walk(self, limit: float) -> dict:
+        """Train, from small to large, what may meet a limit, until one does; return its place, and what is left.
+
+        Left is something only if --most trainings of the arm are there.
+        """
         while True:
             first = self.first("published", limit)
-            wanted = [place for place in self.hopeful(limit) if (first is None or place < first)
-                      and ("published", place) not in self.rows][:self.args.jobs]
-            if not wanted:
-                return first
-            self.known("published", wanted)
+            left = [place for place in self.hopeful(limit) if (first is None or place < first)
+                    and ("published", place) not in self.rows]
+            if not left or len(self.trained()) >= self.args.most:
+                return {"found": first, "left": left}
+            self.known("published", left[:self.args.jobs])
 
     def bisect(self, arm: str, limit: float) -> dict:
         """Find by bisection a configuration that meets a limit while its neighbour does not; return what it visited."""
@@ -239,7 +240,7 @@ class Exploration:
             chosen = candidates.configuration(int(i))
             if any(r["chosen"] == chosen for r in runs):
                 return {"runs": runs, "found": None}
-            runs.append(self.pool.submit(self.train, "ours", chosen, target=limit).result()
+            runs.append(self.pool.submit(self.train, "ours", chosen).result()
                         | {"chosen": chosen, "aim": most})
             print(f"seed {self.seed}, ours of {len(candidates.sizes)}: limit {limit:.4f}, {runs[-1]}", flush=True)
             if min(runs[-1]["loss"]) <= limit:
@@ -300,7 +301,7 @@ def explore(args, path: Path) -> None:
             alphas = {alpha: {"limit": dense["validation_loss"] * (1 + alpha)} for alpha in wanted}
             result["seeds"].append({"seed": seed, "kept": [e.kept(c) for c in e.configurations], "present": e.present})
             for part in ("ours", "published", "subspaces", "same"):
-                with ThreadPoolExecutor(len(wanted)) as side:
+                with ThreadPoolExecutor(1 if part == "published" else len(wanted)) as side:
                     list(side.map(lambda item, e=e, part=part: find(e, *item, part), alphas.items()))
                 result["seeds"][-1] |= {"alphas": {str(alpha): found for alpha, found in alphas.items()},
                                         "rows": list(e.rows.values())}
@@ -317,9 +318,10 @@ def stages_scores(args, output: Path, models: list[Path]) -> list[dict]:
 
 
 def scored(e: Exploration, found: dict) -> dict:
-    """Return the scores of what each arm found; the rivals' models were trained to the end of the epoch."""
+    """Return the scores of what each arm found, trained to the end of the epoch."""
     chosen = {f"ours {name}": found["ours"][name]["found"] for name in (str(e.args.configurations), "None")}
-    for arm, place in (("published", found.get("published")), ("same", found.get("same", {}).get("found"))):
+    for arm in ("published", "same"):
+        place = found.get(arm, {}).get("found")
         chosen[arm] = e.rows[arm, place] if place is not None else None
     result = {}
     for name, row in chosen.items():
@@ -335,6 +337,9 @@ def timed(args) -> dict:
         e = Exploration(args, 0, pool)
     folder, once, trainings = args.out / "time", {}, []
     folder.mkdir(exist_ok=True)
+    for old in (*folder.glob("*.*"), *e.folder.glob("*_turn*.*")):  # what is there would take no time
+        if old.is_file():
+            old.unlink()
     scheme, model = e.folder / "scheme.json", args.model
     for turn in range(ROUNDS):
         pruned, tuned, aim = (folder / f"{turn}_{name}" for name in ("obs.npy", "tuned.npy", "aim.json"))
@@ -347,7 +352,7 @@ def timed(args) -> dict:
             e.stage(output, name, *arguments)
             once.setdefault(name, []).append(time.perf_counter() - began)
         for place in TIMED:
-            for arm in ARMS:
+            for arm in ("published", "ours"):
                 began = time.perf_counter()
                 row = e.train(arm, place, pairs=TIMED_PAIRS, turn=turn)
                 wall = time.perf_counter() - began
@@ -372,6 +377,7 @@ def main(argv=None) -> int:
                    help="spaces; all but the first with --headline alone")
     p.add_argument("--headline", type=float, default=0.0, metavar="ALPHA", help="which of the alphas")
     p.add_argument("--every", type=cli.count, default=25, metavar="N", help="train every n-th of the published arm")
+    p.add_argument("--most", type=cli.count, default=100, metavar="N", help="trainings of the published arm of a space")
     p.add_argument("--jobs", type=cli.count, default=2, metavar="N", help="trainings at once")
     p.add_argument("--threads", type=cli.count, default=1, metavar="N", help="CPU threads of each")
     p.add_argument("--time", action="store_true", help="measure seconds instead")

@@ -56,8 +56,7 @@ def predicted(s: Shape, text: dict, planned: dict) -> dict[str, int]:
     m, n = max(f, inner), d * max(f, inner)  # width and weights of the widest block
     sweep = 8 * d * sum(text["calibration"]) + 4 * max(text["calibration"]) * (2 * m + d)  # two models' states
     return planned | {
-        "download": LIBRARIES + loaded + 9 * largest,  # zeros are counted in int64
-        "configurations": LIBRARIES + w,
+        "download": LIBRARIES + w,
         "compose, recalibrate": LIBRARIES + w + loaded + masks + sweep + 20 * m * m + 90 * n
         + 8 * 2048 * m,  # the solver's copies of a Gram matrix; a batch's inner activations
         "evaluate": LIBRARIES + loaded + masks + 2 * 4 * text["evaluation"] * s.vocabulary}  # logits, their logarithms
@@ -146,7 +145,7 @@ def main(argv=None) -> int:
         text = pool.submit(sizes, Path(folder, "origin_model.pth"), Path(folder)).result()
         planned = {s: pool.submit(plans, s).result() for s in (SMALL, T5_3B)}
         os.chdir(ROOT)
-    del rows["scheme"]  # reads neither model nor text
+    del rows["scheme"], rows["configurations"]  # which read no weights
     for name, row in rows.items():
         row |= {key: predicted(s, text, planned[s])[name] for key, s in (("calculated", SMALL), ("t5_3b", T5_3B))}
         row["ratio"] = round(row["measured"] / row["calculated"], 3)
