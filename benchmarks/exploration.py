@@ -298,6 +298,9 @@ def explore(args, path: Path) -> None:
             wanted = ALPHAS if not seed else (args.headline,)
             if not seed:
                 e.known("published", range(args.every // 2, args.configurations, args.every))
+            e.known("published", [place for place in range(args.configurations)  # by a run that was stopped
+                                  if (e.folder / f"published_{place}.pth.log").exists()
+                                  and (e.folder / f"published_{place}.pth").exists()])
             alphas = {alpha: {"limit": dense["validation_loss"] * (1 + alpha)} for alpha in wanted}
             result["seeds"].append({"seed": seed, "kept": [e.kept(c) for c in e.configurations], "present": e.present})
             for part in ("ours", "published", "subspaces", "same"):
