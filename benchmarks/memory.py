@@ -57,7 +57,7 @@ def predicted(s: Shape, text: dict, planned: dict) -> dict[str, int]:
     sweep = 8 * d * sum(text["calibration"]) + 4 * max(text["calibration"]) * (2 * m + d)  # two models' states
     return planned | {
         "download": LIBRARIES + w,
-        "compose, recalibrate": LIBRARIES + w + loaded + masks + sweep + 20 * m * m + 90 * n
+        "compose, recalibrate": LIBRARIES + 2 * w + masks + sweep + 20 * m * m + 90 * n
         + 8 * 2048 * m,  # the solver's copies of a Gram matrix; a batch's inner activations
         "evaluate": LIBRARIES + loaded + masks + 2 * 4 * text["evaluation"] * s.vocabulary}  # logits, their logarithms
 
