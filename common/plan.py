@@ -6,11 +6,12 @@ operations.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from common.least_squares import SOLVED_AT_ONCE
 from common.pruning.bank import Key
-from common.pruning.configurations import Configuration, required_variants
+from common.pruning.configurations import Configuration, removed_count, required_variants
 from common.t5.cost import Shape
 from common.t5.header import Header
 from common.t5.modules import kind_of, members, weight_names
@@ -115,8 +116,9 @@ def training(header: Header, configuration: Configuration, batch_tokens: int, ep
     """
     s, pairs, keys = Sizes(header), pairs or PAIRS, list(required_variants(configuration).items())
     kept = s.kept + int(sum(left - before for _, before, left in map(s.stored, keys)))
-    small = s.shape.pruned(configuration)
-    trained = 4 * (sum(whole for _, whole in header.weights.values()) - s.prunable + small.weights())
+    layers = {name: n - removed_count(configuration.get(name, 0.0), n) for name, n in s.shape.layers.items()}
+    small = replace(s.shape, layers={name: n for name, n in layers.items() if n})
+    trained = s.model - 4 * (s.prunable - small.weights())
     held = small.activations(max(batch_tokens // TOKENS, 1), TOKENS, TOKENS, teacher=bool(teacher))
     pruned = trained < s.model or kept < s.model // 4
     # A copy of what is cut, AdamW's moments, the best weights, and gradients as the activations go; a teacher's file.

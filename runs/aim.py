@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print the predicted loss that runs/smallest.sh asks for next, out of what its trainings gave so far, and the limit.
+"""Print the predicted loss that runs/smallest.sh asks for next, out of what its trainings gave so far.
 
 Reads scores.json (of the original), tuned.sensitivity.json, and of each training so far conf_N.json and model_N.csv.
 Prints nothing when the last one met the limit; ends with exit code 2 when nothing larger is left to try.
@@ -37,7 +37,7 @@ def main(folder: Path, alpha: float) -> int:
         failed.append((search.predict(found, configuration) - found.dense, loss))
     if failed and failed[-1][0] <= LEAST:
         raise UserError(f"no combination is expected to reach a loss of {limit:.4f}; the largest reached {loss:.4f}")
-    print(f"{found.dense + max(search.aim(limit, dense, failed), LEAST):.6f} {limit:.6f}")
+    print(f"{found.dense + max(search.aim(limit, dense, failed), LEAST):.6f}")
     return 0
 
 

@@ -30,13 +30,12 @@ make "$out/tuned.npy" block-level_finetuning.py -m "$out/origin.pth" -p "$out/pr
 make "$out/small.json" config_generator.py -m "$out/origin.pth" -p "$out/tuned.npy" -o "$out/small.json" \
     --sparsity 0.1 "${data[@]}"
 for ((n = 0; ; n++)); do
-    next=$("$python" runs/aim.py "$out" "$alpha") # fails, and ends this, if nothing meets the limit
-    [ -z "$next" ] && break
-    read -r aim limit <<< "$next"
+    aim=$("$python" runs/aim.py "$out" "$alpha") # fails, and ends this, if nothing meets the limit
+    [ -z "$aim" ] && break
     make "$out/conf_$n.json" config_generator.py -m "$out/origin.pth" -p "$out/tuned.npy" -o "$out/conf_$n.json" \
         --target-loss "$aim" "${data[@]}"
     make "$out/model_$n.pth" model-level_finetuning.py -m "$out/origin.pth" -p "$out/tuned.npy" -c "$out/conf_$n.json" \
-        -o "$out/model_$n.pth" --stats "$out/model_$n.csv" --target-loss "$limit" --resume --overwrite \
+        -o "$out/model_$n.pth" --stats "$out/model_$n.csv" --resume --overwrite \
         "${data[@]}" "${train[@]}"
 done
 "$python" evaluate.py -m "$out/origin.pth" "$out"/model_*.pth --json "$out/all.json" --plot "$out/quality.png" \

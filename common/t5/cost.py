@@ -1,9 +1,8 @@
 """What a T5 takes, from shapes alone: operations, and the activations that the backward pass needs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from common.pruning.configurations import removed_count
 from common.t5.config import Config
 
 
@@ -38,11 +37,6 @@ class Shape:
     @classmethod
     def _with(cls, config: Config, layers: dict[str, int]) -> "Shape":
         return cls(config.d_model, config.d_kv, config.vocab_size, config.is_gated_act, layers)
-
-    def pruned(self, configuration: dict[str, float]) -> "Shape":
-        """Return that of a model composed by a configuration."""
-        left = {name: count - removed_count(configuration.get(name, 0.0), count) for name, count in self.layers.items()}
-        return replace(self, layers={name: count for name, count in left.items() if count})
 
     def weights(self) -> int:
         """Return the weights of all sub-layers' matrices."""
