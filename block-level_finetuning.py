@@ -40,18 +40,17 @@ def build_parser():
     return p
 
 
-def tune_exactly(args, network, bank, writer, corpus, origin, valid, device) -> tuple[list, str]:
+def tune_exactly(args, network, bank, writer, calibration, valid, device) -> tuple[list, str]:
     """Write the least-squares solutions and the statistics; return the table of variants and a summary."""
     import time
 
     from common.files.atomic import write_bytes
-    from common.text.batches import calibration_text
     from common.training.checkpoint import COLUMNS
     from common.training.loop import statistics_csv
     from common.tuning import exact
 
     began, table = time.perf_counter(), []
-    for r in exact.tune(network, bank, calibration_text(corpus, origin, args.seed), valid, device):
+    for r in exact.tune(network, bank, calibration, valid, device):
         writer.add(r.variant)
         table.append([r.variant.block, r.variant.shown_rates, r.before, r.after, r.valid_before, r.valid_after,
                       round(r.seconds, 4)])
@@ -109,7 +108,7 @@ def main(argv=None) -> int:
         from common.pruning import bank
         from common.pruning.configurations import read_configurations
         from common.t5 import model
-        from common.text.batches import training_text, validation_text
+        from common.text.batches import VALIDATION_SENTENCES, calibration_text, training_text, validation_text
         from common.training.loop import finish, statistics_csv
 
         device = runtime.setup(args.device, args.seed)
@@ -124,17 +123,18 @@ def main(argv=None) -> int:
                 opened.check_serves(configuration)
             inputs["configurations"] = args.configurations, digest(args.configurations.read_bytes()), {}
         corpus, placed = cli.corpus(args, origin), origin.network.to(device)
-        train = training_text(corpus, origin, seed=args.seed)
-        valid = validation_text(corpus, origin)
-        inputs |= {"training text": train.as_input(), "validation text": valid.as_input()}
+        text = (training_text if by_gradient else calibration_text)(corpus, origin, seed=args.seed)
+        valid = validation_text(corpus, origin, sentences=VALIDATION_SENTENCES)
+        inputs |= {("training" if by_gradient else "calibration") + " text": text.as_input(),
+                   "validation text": valid.as_input()}
         distributed.check_same(hashes(inputs))
         with bank.create(args.output, origin.identity, opened.scheme, args.solver,
                          provenance("block-level_finetuning.py", vars(args), inputs)) as writer:
             if by_gradient:
-                table, summary = tune_by_gradient(args, placed, opened, writer, configurations, inputs, train, valid,
+                table, summary = tune_by_gradient(args, placed, opened, writer, configurations, inputs, text, valid,
                                                   device)
             else:
-                table, summary = tune_exactly(args, placed, opened, writer, corpus, origin, valid, device)
+                table, summary = tune_exactly(args, placed, opened, writer, text, valid, device)
             write_bytes(variants, statistics_csv(table, VARIANT_COLUMNS))
         if by_gradient:
             finish(cli.fit_options(args))

@@ -15,11 +15,10 @@ from common.pruning.configurations import Configuration, removed_count, required
 from common.t5.cost import Shape
 from common.t5.header import Header
 from common.t5.modules import kind_of, members, weight_names
-from common.text.batches import BATCH_TOKENS, CALIBRATION_SENTENCES
+from common.text.batches import BATCH_TOKENS, CALIBRATION_SENTENCES, VALIDATION_SENTENCES
 
 LIBRARIES = 340 << 20  # bytes that torch and what the stages import take
 PAIRS, TOKENS = 29_000, 16  # Multi30K has so many pairs; and of tokens 12 to 18 a sentence, by the vocabulary
-VALIDATION = 1_000  # sentences
 
 
 class Sizes:
@@ -97,10 +96,10 @@ def block_level(header: Header, keys: list[Key], solver: str, epochs: int, pairs
     together = min(max(count.values(), default=0), max(SOLVED_AT_ONCE // s.block, 1))
     exact = 2 * gram + 12 * s.widest ** 2 + 15 * s.block * together + 75 * s.block * together
     kept = max((sum(widths.values()) for widths in lost.values()), default=0)
-    tokens = (CALIBRATION_SENTENCES + VALIDATION) * TOKENS
-    steps = 4 * tokens * (3 * s.d + s.inner + TOKENS * s.shape.heads()) + 144 * kept * s.d if lost else 0
-    return _plan(s.kept, keys, disk, s.loaded + s.streams(CALIBRATION_SENTENCES + VALIDATION)
-                 + max(working, exact, steps), _walk(s, CALIBRATION_SENTENCES + VALIDATION) + _factors(s, keys))
+    sentences = CALIBRATION_SENTENCES + VALIDATION_SENTENCES
+    steps = 4 * sentences * TOKENS * (3 * s.d + s.inner + TOKENS * s.shape.heads()) + 144 * kept * s.d if lost else 0
+    return _plan(s.kept, keys, disk, s.loaded + s.streams(sentences) + max(working, exact, steps),
+                 _walk(s, sentences) + _factors(s, keys))
 
 
 def training(header: Header, configuration: Configuration, batch_tokens: int, epochs: int, pairs: int | None,

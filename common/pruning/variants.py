@@ -9,17 +9,10 @@ from common.pruning import criteria
 from common.pruning.bank import Variant
 from common.pruning.configurations import check_removed
 from common.pruning.scheme import Scheme
-from common.t5.model import Model
+from common.t5.model import Model, present
 from common.t5.modules import HEAD_PARTS, UNIT_PARTS, kind_of, members
 from common.t5.walk import walk
 from common.text.batches import Batches, share
-
-
-def present(model: Model, name: str) -> torch.Tensor:
-    """Return which weights of a parameter are there, bool; a model that was pruned before has fewer."""
-    weight = model.network.get_parameter(name)
-    mask = model.masks.get(name)
-    return torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.to(weight.device)
 
 
 def heads_present(model: Model, attention: str) -> torch.Tensor:

@@ -71,6 +71,13 @@ class Model:
         return tokenizer
 
 
+def present(model: Model, name: str) -> torch.Tensor:
+    """Return which weights of a parameter are there, bool; a model that was pruned has fewer."""
+    weight = model.network.get_parameter(name)
+    mask = model.masks.get(name)
+    return torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.to(weight.device)
+
+
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Return a bool mask as bits, eight to a byte, row by row."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy()))

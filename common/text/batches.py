@@ -14,6 +14,7 @@ from common.files.provenance import Input
 from common.text.corpus import Corpus, read_pairs, sample
 
 BATCH_TOKENS = 2048  # of the longer side, padding included
+VALIDATION_SENTENCES = 500  # that block level's errors are measured on
 CALIBRATION_SENTENCES = 2000  # from 500 on block level changes in the fourth digit, the sweep in the third
 MAX_TOKENS = 512  # T5's training length; longer sentences are cut there, which is reported
 LABEL_PADDING = -100  # the index torch's cross-entropy ignores

@@ -19,8 +19,8 @@ from common.least_squares import Moments, solve_together
 from common.pruning.bank import Bank
 from common.runtime import say
 from common.t5.loss import TranslationLoss, evaluate
-from common.t5.model import Model
-from common.t5.walk import Sublayer, walk
+from common.t5.model import Model, present
+from common.t5.walk import walk
 from common.text.batches import Batches, share
 
 
@@ -51,17 +51,21 @@ def recalibrate(original, model: Model, calibration: Batches, device, keep_hidde
         pairs = list(zip(there.splits[0], here.splits[0], strict=True))
         # q, k and v that were tuned, or lost heads, are no approximation of the original's; neither is a tuned wi.
         own = here if here.is_attention or keep_hidden else there
+        live = present(model, f"{here.out}.weight").any(dim=0)  # what comes from removed heads and units is zero
+        if not live.any():
+            continue
         for group, names in enumerate(here.readers):
             fit = Moments()
             for before, now in pairs:
                 (aim, _), (x, valid) = there.inputs(before)[group], here.inputs(now)[group]
-                fit.add(x[valid], torch.cat([_apply(own, name, aim[valid]) for name in names], dim=1))
-            _fit(model, names, fit)
+                fit.add(x[valid], aim[valid])
+            # The target is linear in the aim a, so that its own products need not be summed: E[Wa x̂ᵀ] = W E[a x̂ᵀ].
+            _fit(model, names, fit, torch.cat([own.network.get_parameter(f"{name}.weight") for name in names]))
         fit = Moments()
         for before, now in pairs:
             target = before.states + there.output(before) - now.states
-            fit.add(here.inner(now, hold=True)[now.valid], target[now.valid])
-        _fit(model, (here.out,), fit)
+            fit.add(here.inner(now, hold=True)[now.valid][:, live], target[now.valid])
+        _fit(model, (here.out,), fit, live=live)
     seconds = time.perf_counter() - began
     say(f"recalibrated on {len(calibration):,} sentence pairs in {seconds:.1f} s")
     return seconds
@@ -80,19 +84,21 @@ def recalibrate_composed(original: Model, composed: Model, bank: Bank, calibrati
     return recalibrate(original.network.to(device), composed, calibration, device, bank.keeps_hidden)
 
 
-def _apply(sublayer: Sublayer, name: str, x: torch.Tensor) -> torch.Tensor:
-    return sublayer.network.get_submodule(name)(x)
+def _fit(model: Model, names: tuple[str, ...], fit: Moments, aims: torch.Tensor | None = None,
+         live=slice(None)) -> None:
+    """Replace the modules' weights of ``live`` inputs by the best ones inside their masks. Mutates the model.
 
-
-def _fit(model: Model, names: tuple[str, ...], fit: Moments) -> None:
-    """Replace the modules' weights by the best ones inside their masks. Mutates the composed model."""
+    Args:
+        aims: weights that make the targets of what the moments have as such.
+    """
     fit.add_up()
     weights = [model.network.get_parameter(f"{name}.weight") for name in names]
-    masks = [model.masks.get(f"{name}.weight", torch.ones_like(w, dtype=torch.bool)).to(w.device)
-             for name, w in zip(names, weights, strict=True)]
+    masks = torch.cat([present(model, f"{name}.weight") for name in names])
     try:
-        solution = solve_together(fit.gram(), fit.cross(), torch.cat(weights), torch.cat(masks))
+        gram, cross = fit.gram(), fit.cross()
+        solution = solve_together(gram, cross if aims is None else aims.to(cross.dtype) @ cross,
+                                  torch.cat(weights)[:, live], masks[:, live])
     except ArithmeticError as problem:
         raise UserError(f"{names[0]}: {problem}") from None
     for weight, part in zip(weights, solution.split([len(w) for w in weights]), strict=True):
-        weight.copy_(part)
+        weight[:, live] = part.to(weight.dtype)
