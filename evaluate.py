@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import cli, distributed, plots
-from common.files.atomic import check_inputs, outputs
+from common.files.atomic import check_inputs, digest, outputs
 
 BATCH_TOKENS = 8192
 EXAMPLES = 3
@@ -48,7 +48,6 @@ def tell(path: Path) -> None:
     Raises:
         UserError: the file is missing, damaged or of another kind.
     """
-    from common.files.atomic import digest
     from common.files.jsonfile import read_json
     from common.files.provenance import ancestry
     from common.pruning import bank, configurations, scheme
@@ -75,7 +74,7 @@ def evaluate(path: Path, args, device) -> dict:
     """Return one model's figures."""
     from common.t5 import loss, model, network
     from common.t5.shrink import shrink
-    from common.text.batches import Batches, validation_text
+    from common.text.batches import source_text, validation_text
     from common.text.corpus import read_pairs
     from common.text.translation import LIMIT_RULE, score, translate
 
@@ -84,8 +83,9 @@ def evaluate(path: Path, args, device) -> dict:
     pairs = read_pairs(corpus, args.test_set)
     small = shrink(loaded).to(device)
     checked = validation_text(corpus, loaded, BATCH_TOKENS)
-    text = Batches(pairs, loaded, BATCH_TOKENS // args.num_beams or 1)
-    distributed.check_same({"model": loaded.identity, "validation text": checked.sha256, "test set": text.sha256})
+    text = source_text(pairs, loaded, BATCH_TOKENS // args.num_beams or 1)
+    distributed.check_same({"model": loaded.identity, "validation text": checked.sha256,
+                            "test set": digest("\n".join(map("\t".join, pairs)))})
     valid = loss.evaluate(loss.TranslationLoss(small), checked, device)
     made = translate(replace(loaded, network=small), text, device, args.num_beams)
     scores = score(made.texts, [target for _, target in pairs], loaded.target, args.lowercase)

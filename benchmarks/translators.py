@@ -64,19 +64,19 @@ class Toolkit:
             self.model.network = shrink(self.model)
 
     def translate(self, pairs) -> tuple[list[str], int]:
-        from common.text.batches import Batches
+        from common.text.batches import Batches, source_text
         from common.text.translation import translate
         from evaluate import BATCH_TOKENS
 
         size = self.job.batch
 
-        class BySource(Batches):  # what translates need not have a reference, by whose length evaluate.py may sort
+        class Counted(Batches):
             def epoch(self, number):
                 order = sorted(self.dataset.examples, key=lambda e: len(e.source))
                 return [order[i:i + size] for i in range(0, len(order), size)]
 
-        batches = Batches(pairs, self.model, BATCH_TOKENS) if not size else BySource(
-            [(s, "") for s, _ in pairs], self.model)
+        batches = Counted([(s, "") for s, _ in pairs], self.model) if size else source_text(
+            pairs, self.model, BATCH_TOKENS)
         made = translate(self.model, batches, self.device, self.job.beams, self.job.limit)
         return made.texts, made.tokens
 

@@ -1,7 +1,7 @@
 """What a stage will take, out of its files' headers: weights, variants, disk, memory, operations. ``--plan`` prints it.
 
 The text is not read: `PAIRS` pairs of `TOKENS` tokens are assumed. Peaks of memory are read off the code, a term says
-what is held at once; benchmarks/memory.py compares them with measured ones. A multiplication and an addition are two
+what is held at once; benchmarks/scaling.py compares them with measured ones. A multiplication and an addition are two
 operations.
 """
 

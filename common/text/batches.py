@@ -145,6 +145,11 @@ def validation_text(corpus: Corpus, model, batch_tokens: int = BATCH_TOKENS, sen
     return Batches(sample(pairs, sentences, 0) if sentences else pairs, model, batch_tokens, 0, corpus.folder.name)
 
 
+def source_text(pairs, model, batch_tokens: int) -> Batches:
+    """Tokenise the sources alone: of what is to be translated no reference's length says what belongs together."""
+    return Batches([(source, "") for source, _ in pairs], model, batch_tokens)
+
+
 def calibration_text(corpus: Corpus, model, seed: int = 0, sentences: int = CALIBRATION_SENTENCES) -> Batches:
     """Read and tokenise the training pairs, drawn by ``seed``, that activations are taken from."""
     pairs = sample(read_pairs(corpus, "train"), sentences, seed)
