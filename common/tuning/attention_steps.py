@@ -11,6 +11,7 @@ Validation error of 27 variants (Multi30K's small T5, 2,000 sentences, CPU secon
 steps of 2,048 tokens end at 0.243 instead of 0.211.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -58,7 +59,7 @@ class _Heads:
         found = [v.masks[f"{block}.q.weight"].any(dim=1) for v in variants]
         sets = {tuple(rows.tolist()): i for i, rows in reversed(list(enumerate(found)))}  # of heads: its first variant
         firsts = sorted(sets.values())
-        self.rows, ends = found, torch.tensor([0] + [int(found[i].sum()) for i in firsts]).cumsum(0).tolist()
+        self.rows, ends = found, [0, *itertools.accumulate(int(found[i].sum()) for i in firsts)]
         at = [firsts.index(sets[tuple(rows.tolist())]) for rows in found]
         self.slices = [slice(ends[i], ends[i + 1]) for i in at]
         self.sizes = [s.stop - s.start for s in self.slices]
@@ -116,9 +117,9 @@ class _Heads:
                  .square().mean().sqrt() for part, w in self.weights.items()}
         chunks = [_Item(*(x if len(x) == 1 else x[at:at + SENTENCES] for x in item))
                   for item in items for at in range(0, len(item.states), SENTENCES)]
-        generator, order, momentum = torch.Generator().manual_seed(0), [], 0.0
+        generator, order, momentum = torch.Generator("cpu").manual_seed(0), [], 0.0
         for step in range(steps):
-            order = order or torch.randperm(len(chunks), generator=generator).tolist()
+            order = order or torch.randperm(len(chunks), generator=generator, device="cpu").tolist()
             chunk = chunks[order.pop()]
             gradients = torch.autograd.grad(self.losses(chunk).sum() / (scale * chunk.valid.sum()),
                                             list(self.weights.values()))

@@ -63,7 +63,7 @@ class JointTranslation(BankWeights):
     def draw(self) -> list[int]:
         """Return the variants of one random composition."""
         def pick(options):
-            return options[int(torch.randint(len(options), (1,)))]
+            return options[int(torch.randint(len(options), (1,), device="cpu"))]
 
         return pick(self.choices) if self.choices else [pick(variants) for variants in self.blocks.values()]
 
