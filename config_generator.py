@@ -104,7 +104,7 @@ def searched(args, sensitivity: Path) -> list[dict]:
     from common import runtime
     from common.pruning import bank, latency, search
     from common.t5 import model as models
-    from common.text.batches import validation_text
+    from common.text.batches import VALIDATION_SENTENCES, validation_text
 
     device = runtime.setup(args.device)
     model, opened = models.load(args.model), bank.load(args.bank)
@@ -112,7 +112,7 @@ def searched(args, sensitivity: Path) -> list[dict]:
     removed, present, total = search.removed_weights(model, opened)
     if args.speedup:
         latency.check_bank(opened)
-    valid = validation_text(cli.corpus(args, model), model, sentences=search.VALIDATION_SENTENCES)
+    valid = validation_text(cli.corpus(args, model), model, sentences=VALIDATION_SENTENCES)
     model.network.to(device)
     times = timed(args, model, device) if args.speedup else None
     saved, whole = latency.saved(times, model, opened) if times else (None, 0)

@@ -30,7 +30,7 @@ def run(args) -> list[dict]:
     from common.t5 import loss, network
     from common.t5 import model as models
     from common.t5.shrink import shrink
-    from common.text.batches import Batches, calibration_text, validation_text
+    from common.text.batches import VALIDATION_SENTENCES, calibration_text, source_text, validation_text
     from common.text.corpus import read_pairs
     from common.text.translation import score, translate
     from common.tuning.recalibration import recalibrate_composed
@@ -38,7 +38,7 @@ def run(args) -> list[dict]:
     device = runtime.setup("cpu")
     model, opened = models.load(args.model), bank.load(args.bank)
     corpus = cli.corpus(args, model)
-    valid = validation_text(corpus, model, sentences=search.VALIDATION_SENTENCES)
+    valid = validation_text(corpus, model, sentences=VALIDATION_SENTENCES)
     timed = validation_text(corpus, model, latency.BATCH_TOKENS, latency.SENTENCES)
     times = latency.read(args.bank.with_suffix(".latency.json"), {"model": model.identity,
                                                                   "validation text": timed.sha256})
@@ -48,7 +48,7 @@ def run(args) -> list[dict]:
     saved, whole = latency.saved(times, model, opened)
     front = search.front(found, saved, whole)
     pairs = read_pairs(corpus, TEST_SET)
-    text, calibration = Batches(pairs, model, latency.BATCH_TOKENS), calibration_text(corpus, model)
+    text, calibration = source_text(pairs, model, latency.BATCH_TOKENS), calibration_text(corpus, model)
     known = timing.translations(model, text, device)
     dense = shrink(model)
 

@@ -27,7 +27,6 @@ from common.t5.modules import kind_of, members, parent_of, prunable, weight_name
 from common.t5.walk import Sublayer, walk
 from common.text.batches import Batches
 
-VALIDATION_SENTENCES = 400  # that losses are measured on
 VERSION = 1
 RESOLUTION = 20_000  # sizes that a front tells apart
 LARGEST = 1e6  # loss that a file may hold; sums of more could overflow
