@@ -98,8 +98,8 @@ def block_level(header: Header, keys: list[Key], solver: str, epochs: int, pairs
     kept = max((sum(widths.values()) for widths in lost.values()), default=0)
     sentences = CALIBRATION_SENTENCES + VALIDATION_SENTENCES
     steps = 4 * sentences * TOKENS * (3 * s.d + s.inner + TOKENS * s.shape.heads()) + 144 * kept * s.d if lost else 0
-    return _plan(s.kept, keys, disk, s.loaded + s.streams(sentences) + max(working, exact, steps),
-                 _walk(s, sentences) + _factors(s, keys))
+    return _plan(s.kept, keys, disk, s.loaded + disk + s.streams(sentences) + max(working, exact, steps),
+                 _walk(s, sentences) + _factors(s, keys))  # the bank that is read is mapped from its file
 
 
 def training(header: Header, configuration: Configuration, batch_tokens: int, epochs: int, pairs: int | None,
