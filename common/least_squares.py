@@ -122,14 +122,15 @@ def solve(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, mask: to
                     max(p.residual for p in parts))
 
 
-def solve_together(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def solve_together(gram: torch.Tensor, cross: torch.Tensor, prior: torch.Tensor, mask: torch.Tensor,
+                   tolerance: float = TOLERANCE) -> torch.Tensor:
     """Return the weights that `solve` finds; the rows are divided among the processes, all of which must call it."""
     if distributed.size() == 1:
-        return solve(gram, cross, prior, mask).weight
+        return solve(gram, cross, prior, mask, tolerance=tolerance).weight
     found = torch.zeros_like(cross, dtype=torch.float64)
     own = slice(distributed.rank(), None, distributed.size())
     if len(cross[own]):
-        found[own] = solve(gram, cross[own], prior[own], mask[own]).weight
+        found[own] = solve(gram, cross[own], prior[own], mask[own], tolerance=tolerance).weight
     distributed.add_up(found)  # zeros are the others' rows
     return found
 
