@@ -68,8 +68,7 @@ def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, present: torch.Te
     inverse[inputs] = torch.cholesky_inverse(torch.linalg.cholesky(a)).diagonal()
     cross, mask = weight.double() @ gram, present & inputs & outputs[:, None]
     kept = int(mask.sum())
-    fitted = weight.double() if inputs.all() else solve_together(
-        gram, cross, weight, mask, OBS_TOLERANCE)
+    fitted = weight.double() if inputs.all() else solve_together(gram, cross, weight, mask, OBS_TOLERANCE)
     masks, pending = {}, sorted(set(rates), reverse=True)
     while pending:
         scores = torch.where(mask, fitted.square() / inverse, -1.0)
