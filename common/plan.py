@@ -73,8 +73,11 @@ def prune(header: Header, keys: list[Key], obs: bool) -> dict[str, int]:
     gram, working = 8 * s.widest ** 2, 8 * BATCH_TOKENS * s.widest
     # The ridge, its factor and inverse; or solving, and sorting what each weight would cost.
     solving = max(5 * gram, 2 * gram + 12 * s.widest ** 2 + 120 * s.block)
+    # Those of a stack's self-attentions, which are pruned together.
+    layers = {block.partition(".layer")[0] for block, _ in keys if block.endswith("SelfAttention")}
+    together = 8 * s.inner ** 2 * max(sum(n.startswith(side) for n in layers) for side in ("encoder", "decoder"))
     return _plan(s.kept, keys, bank_bytes(s, keys), s.loaded + s.streams(CALIBRATION_SENTENCES)
-                 + max(working, solving), _walk(s, CALIBRATION_SENTENCES) + _factors(s, keys))
+                 + together + max(working, solving), _walk(s, CALIBRATION_SENTENCES) + _factors(s, keys))
 
 
 def block_level(header: Header, keys: list[Key], solver: str, epochs: int, pairs: int | None) -> dict[str, int]:

@@ -81,28 +81,32 @@ def obs_masks(weight: torch.Tensor, rates, gram: torch.Tensor, present: torch.Te
     return [masks[rate] for rate in rates]
 
 
-def head_mask_by_output(o: torch.Tensor, gram: torch.Tensor, rate: float, present: torch.Tensor) -> torch.Tensor:
-    """Remove heads one by one, each time the one whose loss changes the attention's output least; shape (heads,).
+def head_pairs(o: torch.Tensor, gram: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return what every two heads of an attention have in common of its output, (heads, heads), as shares of E‖o·x‖².
 
-    Without the heads R the output o·x loses E‖o_R x_R‖² = Σ_{h,h' ∈ R} ⟨o_hᵀ o_h', G_hh'⟩.
+    Without the heads R the output o·x loses E‖o_R x_R‖² = Σ_{h,h' ∈ R} ⟨o_hᵀ o_h', G_hh'⟩: the sum of their pairs.
 
     Args:
         o: (d_model, heads × d_kv).
         gram: E[x xᵀ] of o's input, (heads × d_kv, heads × d_kv), float64.
-        present: (heads,) bool, the heads that are there.
-
-    Raises:
-        UserError: a rate below 1 would remove every head.
     """
-    heads = len(present)
     pairs = ((o.double().T @ o.double()) * gram).view(heads, -1, heads, gram.shape[0] // heads).sum(dim=(1, 3))
-    kept = present.to(gram.device).clone()
-    for _ in range(check_removed(rate, int(present.sum()))):
-        removed = ~kept
-        # Adding h to R adds its own loss and what it shares with those removed already, counted twice.
-        cost = pairs.diagonal() + 2 * pairs[:, removed].sum(dim=1)
-        kept[torch.where(kept, cost, torch.inf).argmin()] = False
-    return kept
+    return pairs / pairs.sum().clamp_min(1e-300)
+
+
+def head_order(pairs: torch.Tensor) -> list[int]:
+    """Return all heads, each next the one without which the output loses least, those before it being gone.
+
+    Args:
+        pairs: `head_pairs` of an attention; the sum of several finds the order that suits them together.
+    """
+    kept, order = torch.ones(len(pairs), dtype=torch.bool, device=pairs.device), []
+    for _ in range(len(pairs)):
+        # Removing h, too, loses its own part and what it shares with those gone already, counted twice.
+        cost = pairs.diagonal() + 2 * pairs[:, ~kept].sum(dim=1)
+        order.append(int(torch.where(kept, cost, torch.inf).argmin()))
+        kept[order[-1]] = False
+    return order
 
 
 def head_scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Variants out of an original model: every block pruned at every rate of a scheme."""
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 
@@ -34,7 +35,7 @@ def units_present(model: Model, feed_forward: str) -> torch.Tensor:
 
 @torch.no_grad()
 def prune_block(model: Model, block: str, variants: list[tuple[float, ...]], gram: torch.Tensor | None = None,
-                stream_gram: torch.Tensor | None = None) -> Iterator[Variant]:
+                stream_gram: torch.Tensor | None = None, order: list[int] | None = None) -> Iterator[Variant]:
     """Yield a block's variants at the given rates; the model is not changed.
 
     A rate is the fraction removed of what is there: what an earlier round of pruning removed (``model.masks``) is gone
@@ -45,13 +46,14 @@ def prune_block(model: Model, block: str, variants: list[tuple[float, ...]], gra
         gram: E[x xᵀ] of a linear block's input, of an attention's ``o``'s, of a feed-forward's ``wo``'s; chooses by
             ``obs``, see `common.pruning.criteria`. Without it by l1.
         stream_gram: of a feed-forward's own input.
+        order: in which an attention loses its heads, with ``gram`` (default: the best for this one).
 
     Raises:
         UserError: a rate below 1 would remove every head or unit, or the statistics defeat the criterion.
     """
     prune = {"linear": _prune_linear, "attention": _prune_attention, "feed-forward": _prune_feed_forward}
     try:
-        for rates, masks in prune[kind_of(block)](model, block, variants, gram, stream_gram):
+        for rates, masks in prune[kind_of(block)](model, block, variants, gram, stream_gram, order):
             weights = {n: torch.where(mask, model.network.get_parameter(n), 0.0) for n, mask in masks.items()}
             yield Variant(block, rates, weights, masks)
     except (UserError, ArithmeticError) as error:
@@ -66,20 +68,23 @@ def _weight_masks(model: Model, name: str, rates, gram, inputs=None, outputs=Non
     return dict(zip(rates, masks, strict=True))
 
 
-def _prune_linear(model, block, variants, gram, _):
+def _prune_linear(model, block, variants, gram, *_):
     masks = _weight_masks(model, f"{block}.weight", [rates[0] for rates in variants], gram)
     for rates in variants:
         yield rates, {f"{block}.weight": masks[rates[0]]}
 
 
-def _prune_attention(model, block, variants, gram, _):
+def _prune_attention(model, block, variants, gram, _, order):
     there = heads_present(model, block)
     q, k, v, o = (model.network.get_parameter(f"{block}.{part}.weight").detach() for part in (*HEAD_PARTS, "o"))
+    if gram is not None:
+        order = [h for h in order or criteria.head_order(criteria.head_pairs(o, gram, len(there))) if there[h]]
     for head_rate in dict.fromkeys(rates[0] for rates in variants):
         if gram is None:
             heads = criteria.structure_mask(criteria.head_scores(q, k, v, len(there)), head_rate, there, "heads")
         else:
-            heads = criteria.head_mask_by_output(o, gram, head_rate, there)
+            heads = there.clone()
+            heads[order[:check_removed(head_rate, len(order))]] = False
         inner = heads.repeat_interleave(len(q) // len(heads))
         single = [rates[1] for rates in variants if rates[0] == head_rate]
         found = _weight_masks(model, f"{block}.o.weight", single, gram if heads.any() else None, inputs=inner)
@@ -88,7 +93,7 @@ def _prune_attention(model, block, variants, gram, _):
             yield (head_rate, rate), {f"{block}.{part}.weight": mask for part, mask in parts.items()}
 
 
-def _prune_feed_forward(model, block, variants, gram, stream_gram):
+def _prune_feed_forward(model, block, variants, gram, stream_gram, _):
     there, wo = units_present(model, block), f"{block}.wo.weight"
     readers, at = unit_parts(model, block), members(block).index
     counts = {rate: check_removed(rate, int(there.sum()), "units") for rate in {r[0] for r in variants}}
@@ -120,14 +125,30 @@ def prune_scheme(model: Model, scheme: Scheme) -> Iterator[Variant]:
 
 @torch.no_grad()
 def prune_scheme_by_obs(model: Model, scheme: Scheme, calibration: Batches, device) -> Iterator[Variant]:
-    """Yield every variant of a scheme by the obs criterion, in execution order; the network is on ``device``."""
-    for sublayer in walk(model.network, [share(calibration)], device, "obs"):
-        blocks = sublayer.blocks(scheme)
-        seen = sublayer.moments(0, blocks)
-        for block in blocks:
-            own = sublayer.readers[0][0] if kind_of(block) == "feed-forward" else None
-            try:
-                grams = [seen[name].gram() for name in (block, own) if name]
-            except ArithmeticError as error:
-                raise UserError(f"{block}: {error}") from None
-            yield from prune_block(model, block, scheme[block], *grams)
+    """Yield every variant of a scheme by the obs criterion; the network is on ``device``.
+
+    The self-attentions of a stack lose their heads in one order, that by which they lose least together. They share
+    their position bias, so with the same heads everywhere a T5 of fewer heads is a T5, which other programs hold
+    without filling. Their variants come at the stack's end, the others in execution order.
+    """
+    for _, stack in groupby(walk(model.network, [share(calibration)], device, "obs"), lambda s: s.name.split(".")[0]):
+        waiting = {}
+        for sublayer in stack:
+            blocks = sublayer.blocks(scheme)
+            seen = sublayer.moments(0, blocks)
+            for block in blocks:
+                own = sublayer.readers[0][0] if kind_of(block) == "feed-forward" else None
+                try:
+                    grams = [seen[name].gram() for name in (block, own) if name]
+                except ArithmeticError as error:
+                    raise UserError(f"{block}: {error}") from None
+                if block.endswith("SelfAttention"):
+                    waiting[block] = grams[0]
+                else:
+                    yield from prune_block(model, block, scheme[block], *grams)
+        pairs = [criteria.head_pairs(model.network.get_parameter(f"{block}.o.weight").detach(), gram,
+                                     model.network.config.num_heads)
+                 for block, gram in waiting.items() if any(rates[0] for rates in scheme[block])]
+        order = criteria.head_order(sum(pairs)) if pairs else None
+        for block, gram in waiting.items():
+            yield from prune_block(model, block, scheme[block], gram, order=order)

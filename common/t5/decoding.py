@@ -6,12 +6,15 @@ worst finished one.
 """
 
 import torch
+from torch.nn import functional as F
 
 from common.t5.network import T5, additive, attend, split_heads
 
 # Caches are copied without the finished sentences when so few are left.
 _SHARE_LEFT = 0.8
 _NEVER = -1.0e9
+# A matrix product of fewer multiplications goes a way of torch's that is up to six times slower, and softmax likewise.
+_FEWEST = 400
 
 
 class _Decoder:
@@ -23,20 +26,27 @@ class _Decoder:
 
     def __init__(self, network: T5, ids, mask, beams: int, limit: int):
         self.network, self.stack, self.beams, self.seen = network, network.decoder, beams, 0
-        states, self.source_mask = network.encode(ids, mask)
+        states, source_mask = network.encode(ids, mask)
         self.layers = list(self.stack.layers())
+        # So many keys are seen at least, those too many with an additive mask of minus infinity.
+        self.least = -(-_FEWEST // (network.config.d_kv * beams))
+        missing = max(0, self.least - ids.shape[1])
+        self.source_mask = F.pad(source_mask, (0, missing), value=-torch.inf)
         self.crossed, self.caches, self.readers = {}, {}, {}
         for i, layer in enumerate(self.layers):
             module = layer.module
             if layer.kind == "EncDecAttention":
-                self.crossed[i] = [split_heads(part(states), module.key_value_proj_dim).contiguous()
-                                   for part in (module.k, module.v)]
+                self.crossed[i] = [F.pad(split_heads(part(states), module.key_value_proj_dim), (0, 0, 0, missing))
+                                   .contiguous() for part in (module.k, module.v)]
             elif layer.kind == "SelfAttention":
                 self.readers[i] = torch.cat([module.q.weight, module.k.weight, module.v.weight])
-                shape = len(ids), len(self.readers[i]) // (3 * module.key_value_proj_dim), limit * beams
+                shape = len(ids), len(self.readers[i]) // (3 * module.key_value_proj_dim), limit * beams + self.least
                 self.caches[i] = [states.new_empty(*shape, module.key_value_proj_dim) for _ in range(2)]
-        # Of the last step's slots; a step before it sees the same distances, only fewer.
-        self.bias = self.stack.position_bias(limit, limit - 1).repeat_interleave(beams, dim=3)
+                for cache in self.caches[i]:
+                    cache[:, :, :self.least] = 0
+        # Of the last step's slots; a step before it sees the same distances, only fewer. None sees what comes later.
+        self.bias = F.pad(self.stack.position_bias(limit, limit - 1).repeat_interleave(beams, dim=3),
+                          (0, self.least), value=-torch.inf)
         self.slots = torch.arange(beams, device=states.device)
         self.ancestors = self.slots[:, None].expand(len(ids), beams, limit).clone()  # a hypothesis' slot at each step
 
@@ -44,11 +54,13 @@ class _Decoder:
         """Return the logits (hypotheses, vocabulary) after one more token of each, (hypotheses,)."""
         stack, at, beams = self.stack, self.seen, self.beams
         self.seen, end = at + 1, (at + 1) * beams
+        width = max(end, self.least)
         states = stack.embed_tokens(tokens)
-        bias = self.bias[..., -end:]
+        start = self.bias.shape[3] - self.least - end
+        bias = self.bias[..., start:start + width]
         if beams > 1:
             seen = self.ancestors[:, :, :at + 1, None] == self.slots
-            bias = bias + additive(seen.flatten(2))[:, None]
+            bias = bias + F.pad(additive(seen.flatten(2)), (0, width - end))[:, None]
         for i, layer in enumerate(self.layers):
             x, module = layer.layer_norm(states), layer.module
             if layer.kind == "DenseReluDense":
@@ -59,7 +71,7 @@ class _Decoder:
                            for y in (x @ self.readers[i].T).chunk(3, dim=1))
                 for cache, entries in zip(self.caches[i], new, strict=True):
                     cache[:, :, end - beams:end] = entries
-                (keys, values), mask = (cache[:, :, :end] for cache in self.caches[i]), module.own(bias)
+                (keys, values), mask = (cache[:, :, :width] for cache in self.caches[i]), module.own(bias)
             else:
                 q = split_heads(module.q(x).unflatten(0, (-1, beams)), module.key_value_proj_dim)
                 (keys, values), mask = self.crossed[i], self.source_mask
@@ -70,11 +82,11 @@ class _Decoder:
         """Go on with these sentences alone."""
         self.source_mask, self.ancestors = self.source_mask[sentences], self.ancestors[sentences]
         self.crossed = {i: [x[sentences] for x in pair] for i, pair in self.crossed.items()}
-        end = self.seen * self.beams
+        width = max(self.seen * self.beams, self.least)
         for pair in self.caches.values():
             for n, cache in enumerate(pair):
-                pair[n] = cache.new_empty(len(sentences), *cache.shape[1:])
-                pair[n][:, :, :end] = cache[sentences, :, :end]
+                pair[n] = cache[:len(sentences)]
+                pair[n][:, :, :width] = cache[sentences, :, :width]
 
     def choose(self, origin: torch.Tensor) -> None:
         """Go on with these hypotheses of each sentence, (sentences, beams), which may repeat."""
@@ -129,8 +141,8 @@ def _beam_search(decoder: _Decoder, config, count: int, limit: int) -> list[list
     for at in range(limit):
         logits = decoder.step(tokens)
         # A sentence's likeliest continuations are among each hypothesis' likeliest.
-        top, ids = logits.topk(min(2 * beams, logits.shape[1]), dim=-1)
-        top = (top - logits.logsumexp(dim=-1, keepdim=True)).unflatten(0, (-1, beams)) + worth[:, :, None]
+        top, ids = logits.log_softmax(dim=-1).topk(min(2 * beams, logits.shape[1]), dim=-1)
+        top = top.unflatten(0, (-1, beams)) + worth[:, :, None]
         found, order = top.flatten(1).topk(min(2 * beams, top[0].numel()), dim=1)
         origin = order // top.shape[2]
         ids = ids.view(len(rows), -1).gather(1, order)

@@ -173,31 +173,26 @@ def heads_example():
     return x, torch.randn(5, 8, generator=g, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("gone", [(), (0,)])
-def test_heads_by_output_remove_what_the_output_misses_least(gone):
-    """Against all subsets of those there; greedy need not be best, but is here."""
+def test_heads_go_in_the_order_in_which_the_output_misses_them_least():
+    """Against all subsets; greedy need not be best, but is here."""
     x, o = heads_example()
 
     def lost(removed):
         columns = [2 * h + i for h in removed for i in range(2)]
         return float((x[:, columns] @ o[:, columns].T).square().sum())
 
-    present = torch.tensor([h not in gone for h in range(4)])
-    left = [h for h in range(4) if present[h]]
-    for h in gone:
-        x[:, 2 * h:2 * h + 2] = 0
-    best = min(itertools.combinations(left, 2), key=lost)
-    kept = criteria.head_mask_by_output(o, x.T @ x / 50, 0.5, present)
-    assert [h for h in left if not kept[h]] == list(best) and not kept[~present].any()
+    pairs = criteria.head_pairs(o, x.T @ x / 50, 4)
+    order = criteria.head_order(pairs)
+    for n in range(1, 5):
+        assert set(order[:n]) == set(min(itertools.combinations(range(4), n), key=lost))
+        assert float(pairs[order[:n]][:, order[:n]].sum()) == pytest.approx(lost(order[:n]) / lost(range(4)))
 
 
 def test_a_head_that_another_cancels_goes_with_it():
     """Alone the second costs 1.44 and the third 1.21, but without the first the second is not wanted any more."""
     gram = torch.block_diag(torch.ones(2, 2), torch.eye(2)).double()
-    kept = criteria.head_mask_by_output(torch.tensor([[1.0, -1.2, 1.1, 3.0]]), gram, 0.5, there(4))
-    assert kept.tolist() == [False, False, True, True]
+    assert criteria.head_order(criteria.head_pairs(torch.tensor([[1.0, -1.2, 1.1, 3.0]]), gram, 4)) == [0, 1, 2, 3]
 
 
-def test_heads_by_output_refuse_to_remove_all():
-    with pytest.raises(UserError, match="removes all 2 heads"):
-        criteria.head_mask_by_output(torch.ones(3, 4), torch.eye(4).double(), 0.9, there(2))
+def test_the_heads_of_an_attention_that_gives_nothing_have_an_order():
+    assert criteria.head_order(criteria.head_pairs(torch.zeros(3, 4), torch.eye(4).double(), 2)) == [0, 1]

@@ -4,7 +4,7 @@ import torch
 from common.errors import UserError
 from common.pruning import composition
 from common.pruning.configurations import uniform
-from common.pruning.criteria import head_mask_by_output, magnitude_mask, obs_masks, removed_count
+from common.pruning.criteria import head_order, head_pairs, magnitude_mask, obs_masks, removed_count
 from common.pruning.variants import heads_present, prune_block, prune_scheme, prune_scheme_by_obs
 from common.t5.model import Model
 from common.t5.modules import prunable
@@ -43,11 +43,43 @@ def test_obs_chooses_by_the_moments_of_what_the_modules_receive(kind):
         for rate, mask in zip((0.5, 0.3), expected, strict=True):
             assert (found[name, (rate,)].masks[f"{name}.weight"] != mask).float().mean() < 0.05, name  # near ties
     w = network.get_parameter(f"{ATTENTION}.o.weight").detach()
-    heads = head_mask_by_output(w, grams[f"{ATTENTION}.o"], 0.5, torch.ones(4, dtype=torch.bool)).repeat_interleave(8)
+    heads = torch.ones(4, dtype=torch.bool)
+    heads[head_order(head_pairs(w, grams[f"{ATTENTION}.o"], 4))[:2]] = False
+    heads = heads.repeat_interleave(8)
     variant = found[ATTENTION, (0.5, 0.5)]
     assert torch.equal(variant.masks[f"{ATTENTION}.k.weight"], heads[:, None].expand(32, 32))
     assert not variant.masks[f"{ATTENTION}.o.weight"][:, ~heads].any()
     assert int(variant.masks[f"{ATTENTION}.o.weight"].sum()) == 32 * 32 // 2
+
+
+@pytest.mark.parametrize("before", [{}, {0: 3}, {0: 3, 1: 2}])
+def test_obs_removes_the_same_heads_from_the_self_attentions_of_a_stack(before):
+    """The order of heads by hand: what all of a stack lose, after what some had lost before."""
+    network, text = small_network(), Text()
+    model = Model(network, "")
+    for i, head in before.items():
+        name = f"encoder.block.{i}.layer.0.SelfAttention"
+        gone = torch.arange(4).repeat_interleave(8) == head
+        for part in "qkv":
+            model.masks[f"{name}.{part}.weight"] = ~gone[:, None].expand(32, 32)
+        model.masks[f"{name}.o.weight"] = ~gone.expand(32, 32)
+    with torch.no_grad():
+        for name, mask in model.masks.items():
+            network.get_parameter(name).mul_(mask)
+    scheme = {name: [(0.25, 0.0), (0.5, 0.3)] for name, kind in prunable(network).items() if kind == "attention"}
+    kept = {v.key: v.masks[f"{v.block}.o.weight"].any(dim=0).view(4, 8).any(dim=1)
+            for v in prune_scheme_by_obs(model, scheme, text, "cpu")}
+    grams = {n: x.double().T @ x.double() for n, (x, _) in
+             seen_by_hooks(network, text, [f"{name}.o" for name in scheme]).items()}
+    for side in ("encoder", "decoder"):
+        names = [name for name in scheme if name.startswith(side) and name.endswith("SelfAttention")]
+        order = head_order(sum(head_pairs(network.get_parameter(f"{n}.o.weight").detach(), grams[f"{n}.o"], 4)
+                               for n in names))
+        for i, name in enumerate(names):
+            gone = before.get(i, -1) if side == "encoder" else -1
+            left = [h for h in order if h != gone]
+            assert set((~kept[name, (0.25, 0.0)]).nonzero()[:, 0].tolist()) == {*left[:1], gone} - {-1}
+            assert set((~kept[name, (0.5, 0.3)]).nonzero()[:, 0].tolist()) == {*left[:2], gone} - {-1}
 
 
 def test_an_activation_that_is_not_finite_is_named_by_its_block():
