@@ -17,7 +17,7 @@ from pathlib import Path
 from common import cli, distributed, plots
 from common.files.atomic import check_inputs, digest, outputs
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 8192  # of the validation text
 EXAMPLES = 3
 
 
@@ -83,7 +83,7 @@ def evaluate(path: Path, args, device) -> dict:
     pairs = read_pairs(corpus, args.test_set)
     small = shrink(loaded).to(device)
     checked = validation_text(corpus, loaded, BATCH_TOKENS)
-    text = source_text(pairs, loaded, BATCH_TOKENS // args.num_beams or 1)
+    text = source_text(pairs, loaded, args.num_beams)
     distributed.check_same({"model": loaded.identity, "validation text": checked.sha256,
                             "test set": digest("\n".join(map("\t".join, pairs)))})
     valid = loss.evaluate(loss.TranslationLoss(small), checked, device)

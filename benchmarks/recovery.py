@@ -43,7 +43,7 @@ class Bench:
         self.network = self.original.network.to(self.device)
         self.corpus = cli.corpus(args, self.original)
         self.test = corpus.read_pairs(self.corpus, TEST_SET)[:args.test_sentences]
-        self.test_batches = batches.source_text(self.test, self.original, 8192)
+        self.test_batches = batches.source_text(self.test, self.original)
         self.valid = batches.validation_text(self.corpus, self.original, sentences=args.validation_sentences)
         self.sentences = args.calibration_sentences
         self.kinds = modules.prunable(self.network)

@@ -48,7 +48,7 @@ def run(args) -> list[dict]:
     saved, whole = latency.saved(times, model, opened)
     front = search.front(found, saved, whole)
     pairs = read_pairs(corpus, TEST_SET)
-    text, calibration = source_text(pairs, model, latency.BATCH_TOKENS), calibration_text(corpus, model)
+    text, calibration = source_text(pairs, model), calibration_text(corpus, model)
     known = timing.translations(model, text, device)
     dense = shrink(model)
 

@@ -66,7 +66,6 @@ class Toolkit:
     def translate(self, pairs) -> tuple[list[str], int]:
         from common.text.batches import Batches, source_text
         from common.text.translation import translate
-        from evaluate import BATCH_TOKENS
 
         size = self.job.batch
 
@@ -75,8 +74,8 @@ class Toolkit:
                 order = sorted(self.dataset.examples, key=lambda e: len(e.source))
                 return [order[i:i + size] for i in range(0, len(order), size)]
 
-        batches = Counted([(s, "") for s, _ in pairs], self.model) if size else source_text(
-            pairs, self.model, BATCH_TOKENS)
+        batches = Counted([(s, "") for s, _ in pairs], self.model) if size else \
+            source_text(pairs, self.model, self.job.beams)
         made = translate(self.model, batches, self.device, self.job.beams, self.job.limit)
         return made.texts, made.tokens
 

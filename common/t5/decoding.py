@@ -15,6 +15,7 @@ _SHARE_LEFT = 0.8
 _NEVER = -1.0e9
 # A matrix product of fewer multiplications goes a way of torch's that is up to six times slower, and softmax likewise.
 _FEWEST = 400
+_ENCODED = 64  # sentences
 
 
 class _Decoder:
@@ -26,12 +27,15 @@ class _Decoder:
 
     def __init__(self, network: T5, ids, mask, beams: int, limit: int):
         self.network, self.stack, self.beams, self.seen = network, network.decoder, beams, 0
-        states, source_mask = network.encode(ids, mask)
+        # In parts that are each as long as their longest: of sentences in order of length, little is padding.
+        lengths = mask.sum(dim=1)
+        states = torch.cat([F.pad(network.encode(ids[part, :end], mask[part, :end])[0], (0, 0, 0, ids.shape[1] - end))
+                            for part in torch.arange(len(ids)).split(_ENCODED) for end in [int(lengths[part].max())]])
         self.layers = list(self.stack.layers())
         # So many keys are seen at least, those too many with an additive mask of minus infinity.
         self.least = -(-_FEWEST // (network.config.d_kv * beams))
         missing = max(0, self.least - ids.shape[1])
-        self.source_mask = F.pad(source_mask, (0, missing), value=-torch.inf)
+        self.source_mask = F.pad(additive(mask.bool())[:, None, None], (0, missing), value=-torch.inf)
         self.crossed, self.caches, self.readers = {}, {}, {}
         for i, layer in enumerate(self.layers):
             module = layer.module
@@ -125,6 +129,23 @@ def _greedy(decoder: _Decoder, config, count: int, limit: int) -> list[list[int]
     return [_until(row, config.eos_token_id) for row in made.tolist()]
 
 
+def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's k largest entries and their columns, as `torch.topk` does, in half of its time.
+
+    Every 8 columns that lie an eighth of the row apart are a group: the k largest are in the k groups with the largest
+    maximum, or in the few columns that are left over.
+    """
+    width = x.shape[1] // 8
+    if width < k:
+        return x.topk(k)
+    groups = x[:, :8 * width].view(len(x), 8, width)
+    best = groups.amax(dim=1).topk(k).indices
+    members = groups.gather(2, best[:, None].expand(-1, 8, -1)).flatten(1)
+    found, place = torch.cat([members, x[:, 8 * width:]], dim=1).topk(k)
+    columns = place // k * width + best.gather(1, place % k)
+    return found, columns.where(place < 8 * k, place + 8 * (width - k))
+
+
 def _until(ids: list[int], end: int) -> list[int]:
     return ids[:ids.index(end) + 1] if end in ids else ids
 
@@ -141,7 +162,7 @@ def _beam_search(decoder: _Decoder, config, count: int, limit: int) -> list[list
     for at in range(limit):
         logits = decoder.step(tokens)
         # A sentence's likeliest continuations are among each hypothesis' likeliest.
-        top, ids = logits.log_softmax(dim=-1).topk(min(2 * beams, logits.shape[1]), dim=-1)
+        top, ids = largest(logits.log_softmax(dim=-1), min(2 * beams, logits.shape[1]))
         top = top.unflatten(0, (-1, beams)) + worth[:, :, None]
         found, order = top.flatten(1).topk(min(2 * beams, top[0].numel()), dim=1)
         origin = order // top.shape[2]

@@ -14,6 +14,7 @@ from common.files.provenance import Input
 from common.text.corpus import Corpus, read_pairs, sample
 
 BATCH_TOKENS = 2048  # of the longer side, padding included
+TRANSLATED_TOKENS = 8192  # of the source at once, greedily and with two beams; with more as many hypotheses
 VALIDATION_SENTENCES = 400  # that the errors and the losses of variants are measured on
 CALIBRATION_SENTENCES = 2000  # block level's attention steps leave 0.014 more loss with 1,000, 0.003 less with 4,000
 MAX_TOKENS = 512  # T5's training length; longer sentences are cut there, which is reported
@@ -145,9 +146,9 @@ def validation_text(corpus: Corpus, model, batch_tokens: int = BATCH_TOKENS, sen
     return Batches(sample(pairs, sentences, 0) if sentences else pairs, model, batch_tokens, 0, corpus.folder.name)
 
 
-def source_text(pairs, model, batch_tokens: int) -> Batches:
+def source_text(pairs, model, beams: int = 1) -> Batches:
     """Tokenise the sources alone: of what is to be translated no reference's length says what belongs together."""
-    return Batches([(source, "") for source, _ in pairs], model, batch_tokens)
+    return Batches([(source, "") for source, _ in pairs], model, max(1, 2 * TRANSLATED_TOKENS // max(2, beams)))
 
 
 def calibration_text(corpus: Corpus, model, seed: int = 0, sentences: int = CALIBRATION_SENTENCES) -> Batches:

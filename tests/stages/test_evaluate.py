@@ -57,7 +57,7 @@ def test_the_report_says_what_sacrebleu_says(made, run, text):
     result, rows = run("-m", made / "origin.pth", made / "pruned.pth", "--lowercase")
     model = models.load(made / "origin.pth")
     pairs = read_pairs(Corpus(text, "en", "de"), "test_2016_flickr")
-    texts, references = translate(model, source_text(pairs, model, 8192), "cpu").texts, [t for _, t in pairs]
+    texts, references = translate(model, source_text(pairs, model), "cpu").texts, [t for _, t in pairs]
     assert [list(r) for r in rows] == [KEYS, KEYS] and rows[0]["identity"] == model.identity
     assert rows[0]["bleu"] == sacrebleu.corpus_bleu(texts, [references], lowercase=True).score
     assert rows[0]["chrf"] == sacrebleu.metrics.CHRF(lowercase=True).corpus_score(texts, [references]).score

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from common.t5.decoding import _Decoder, decode
+from common.t5 import decoding
+from common.t5.decoding import _Decoder, decode, largest
 from tests.mutants import address_space
 from tests.small import small_network, theirs
 
@@ -50,6 +51,22 @@ def test_start_end_and_padding_may_be_the_same_token(changes):
     network, (ids, mask) = sharp("t5", 3, **changes), batch(3)
     for beams in (1, 3):
         assert decode(network, ids, mask, 12, beams) == reference(network, ids, mask, 12, beams)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_sentences_encoded_in_parts_are_translated_as_together(beams, monkeypatch):
+    network, (ids, mask) = sharp("t5", 1), batch(1)
+    together = decode(network, ids, mask, 12, beams)
+    monkeypatch.setattr(decoding, "_ENCODED", 2)
+    assert decode(network, ids, mask, 12, beams) == together
+
+
+@pytest.mark.parametrize("width, k", [(1, 1), (7, 3), (16, 2), (40, 5), (47, 5), (1003, 8)])
+def test_largest_are_those_of_topk(width, k):
+    x = torch.randn(9, width, generator=torch.Generator().manual_seed(width))
+    x[1:4, -2:] += 5  # in the last columns, of no group
+    for ours, theirs_ in zip(largest(x, k), x.topk(k), strict=True):
+        assert torch.equal(ours, theirs_)
 
 
 @pytest.mark.parametrize("beams", [1, 4])

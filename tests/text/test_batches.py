@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from common.errors import UserError
+from common.text import batches as module
 from common.text.batches import MAX_TOKENS, Batches, calibration_text, source_text, training_text, validation_text
 from common.text.corpus import Corpus
 
@@ -37,11 +38,14 @@ def test_a_line_of_a_million_characters_is_cut_and_it_is_said(origin, capsys):
     assert "1 sentences were cut at 512 tokens" in capsys.readouterr().err
 
 
-def test_what_is_translated_lies_beside_sources_of_its_length_whatever_the_references(origin):
+def test_what_is_translated_lies_beside_sources_of_its_length_whatever_the_references(origin,
+                                                                                                    monkeypatch):
     pairs = [("a man", "ein Mann " * 9), ("a man and a dog and a cat", "ein"), ("a dog", "ein Hund")]
     man, cat, dog = (len(origin.tokenizer.encode(source).ids) for source, _ in pairs)
-    batches = source_text(pairs, origin, cat).epoch(None)
-    assert [sorted(len(e.source) for e in batch) for batch in batches] == [sorted([man, dog]), [cat]]
+    for beams, tokens in ((1, cat), (2, cat), (6, 3 * cat)):
+        monkeypatch.setattr(module, "TRANSLATED_TOKENS", tokens)
+        batches = source_text(pairs, origin, beams).epoch(None)
+        assert [sorted(len(e.source) for e in batch) for batch in batches] == [sorted([man, dog]), [cat]]
     assert len(Batches(pairs, origin, cat).epoch(None)[0][0].source) == cat  # the reference is the shortest
 
 
