@@ -44,10 +44,8 @@ class _Decoder:
                                    .contiguous() for part in (module.k, module.v)]
             elif layer.kind == "SelfAttention":
                 self.readers[i] = torch.cat([module.q.weight, module.k.weight, module.v.weight])
-                shape = len(ids), len(self.readers[i]) // (3 * module.key_value_proj_dim), limit * beams + self.least
-                self.caches[i] = [states.new_empty(*shape, module.key_value_proj_dim) for _ in range(2)]
-                for cache in self.caches[i]:
-                    cache[:, :, :self.least] = 0
+                shape = len(ids), len(self.readers[i]) // (3 * module.key_value_proj_dim), max(32 * beams, self.least)
+                self.caches[i] = [states.new_zeros(*shape, module.key_value_proj_dim) for _ in range(2)]
         # Of the last step's slots; a step before it sees the same distances, only fewer. None sees what comes later.
         self.bias = F.pad(self.stack.position_bias(limit, limit - 1).repeat_interleave(beams, dim=3),
                           (0, self.least), value=-torch.inf)
@@ -73,6 +71,8 @@ class _Decoder:
             if layer.kind == "SelfAttention":
                 q, *new = (split_heads(y.unflatten(0, (-1, beams)), module.key_value_proj_dim)
                            for y in (x @ self.readers[i].T).chunk(3, dim=1))
+                if width > self.caches[i][0].shape[2]:  # few sentences are that long
+                    self.caches[i] = [torch.cat([cache, torch.zeros_like(cache)], dim=2) for cache in self.caches[i]]
                 for cache, entries in zip(self.caches[i], new, strict=True):
                     cache[:, :, end - beams:end] = entries
                 (keys, values), mask = (cache[:, :, :width] for cache in self.caches[i]), module.own(bias)
