@@ -28,9 +28,12 @@ class _Decoder:
     def __init__(self, network: T5, ids, mask, beams: int, limit: int):
         self.network, self.stack, self.beams, self.seen = network, network.decoder, beams, 0
         # In parts that are each as long as their longest: of sentences in order of length, little is padding.
-        lengths = mask.sum(dim=1)
-        states = torch.cat([F.pad(network.encode(ids[part, :end], mask[part, :end])[0], (0, 0, 0, ids.shape[1] - end))
-                            for part in torch.arange(len(ids)).split(_ENCODED) for end in [int(lengths[part].max())]])
+        states = []
+        for part, seen in zip(ids.split(_ENCODED), mask.split(_ENCODED), strict=True):
+            longest = int(seen.sum(dim=1).max())
+            encoded = network.encode(part[:, :longest], seen[:, :longest])[0]
+            states.append(F.pad(encoded, (0, 0, 0, ids.shape[1] - longest)))
+        states = torch.cat(states)
         self.layers = list(self.stack.layers())
         # So many keys are seen at least, those too many with an additive mask of minus infinity.
         self.least = -(-_FEWEST // (network.config.d_kv * beams))
