@@ -7,14 +7,15 @@ the same sentences in batches of the same size, each of similar source length, a
 row and round has a fresh process. Two modes:
 
   -m DENSE PRUNED   two model files translate a test set; BLEU, too
-  --shape NAME      random weights of that shape, pruned here (l1) at uniform rates, or as a configuration of another
-                    model says, stretched to this depth; every sentence and every translation has 15 tokens
+  --shape NAME      random weights of that shape, pruned here at uniform rates, or as a configuration of another model
+                    says, stretched to this depth; of as many heads attentions lose the same; every sentence and every
+                    translation has 15 tokens
 
 Time runs from the strings to the translated strings, greedily. Prints a table, ratios first; --json writes every round.
 
     python benchmarks/inference.py -m origin_model.pth composed_model.pth --data multi30k --json inference.json
     python benchmarks/inference.py --shape t5-small --heads 0.5 --units 0.5 --skip-decoder 0.5 --vocabulary 8000
-    python benchmarks/inference.py --shape t5-small -c conf.json -n 2 --same-heads --vocabulary 8000
+    python benchmarks/inference.py --shape t5-small -c conf.json -n 2 --vocabulary 8000
 """
 
 import random
@@ -61,7 +62,7 @@ def stretched(configuration: dict[str, float], kinds: dict[str, str], depth: int
     return {name: rate for name, rate in found.items() if rate or kinds[name] == "attention"}
 
 
-def make(folder: Path, shape: dict, rates: tuple, vocabulary: int, same_heads: bool) -> None:
+def make(folder: Path, shape: dict, rates: tuple, vocabulary: int) -> None:
     """Write dense.pth, a T5 with random weights and words for tokens, and pruned.pth.
 
     The rows of the end token and of padding are 0, and so are their logits. Out of thousands of others one is always
@@ -89,10 +90,9 @@ def make(folder: Path, shape: dict, rates: tuple, vocabulary: int, same_heads: b
     kinds = modules.prunable(made.network)
     with torch.no_grad():
         made.network.shared.weight[:2] = 0
-        if same_heads:  # l1 keeps the larger ones
-            for name in (name for name, kind in kinds.items() if kind == "attention"):
-                weight = made.network.get_submodule(name).v.weight
-                weight *= torch.arange(shape["num_heads"], 0, -1).repeat_interleave(64)[:, None]
+        for name in (name for name, kind in kinds.items() if kind == "attention"):
+            weight = made.network.get_submodule(name).v.weight  # l1 keeps the larger ones, the same in all
+            weight *= torch.arange(shape["num_heads"], 0, -1).repeat_interleave(64)[:, None]
     model.save(folder / "dense.pth", made)
     if vocabulary < VOCABULARY:
         made = model.Model(cut_network(made.network, list(range(vocabulary))), tokenizer(vocabulary))
@@ -145,8 +145,6 @@ def main(argv=None) -> int:
                    help="fraction of decoder blocks left out")
     p.add_argument("-c", "--configurations", type=Path, metavar="FILE", help="configurations of another model, instead")
     p.add_argument("-n", "--number", type=int, default=0, metavar="NTH", help="which of them, counted from 0")
-    p.add_argument("--same-heads", action="store_true",
-                   help="remove the same heads in every layer (default: any, so that they differ by layer)")
     p.add_argument("--vocabulary", type=cli.count, default=VOCABULARY, metavar="N",
                    help="tokens of the pruned T5 with --shape; the dense one has T5's own number")
     p.add_argument("--sentences", type=cli.count, metavar="N",
@@ -176,7 +174,7 @@ def main(argv=None) -> int:
 
                 every = read_configurations(args.configurations)
                 rates = every[args.number], 1 + max(int(name.split(".")[2]) for c in every for name in c)
-            fresh(1, make, folder, SHAPES[args.shape], rates, args.vocabulary, args.same_heads)
+            fresh(1, make, folder, SHAPES[args.shape], rates, args.vocabulary)
         else:
             files = dict(zip(files, args.model, strict=True))
         needed = {which: [e for e in EXPORTS if ("-".join(e), which) in map(PROGRAMS.get, args.programs)]
@@ -211,7 +209,7 @@ def main(argv=None) -> int:
             f"{r['tokens'] / median(r['seconds']):,.0f}", f"{r['mb']:.1f}", f"{median(r['peak_mb']):,.0f}",
             "–" if r["bleu"] is None else f"{r['bleu']:.2f}"] for r in rows])
     rounds.finish(args, machine=machine, sentences=len(pairs), shape=args.shape and {
-        "shape": args.shape, "rates": rates, "same_heads": args.same_heads, "vocabulary": args.vocabulary},
+        "shape": args.shape, "rates": rates, "vocabulary": args.vocabulary},
         rows=rows)
     return 0
 
