@@ -46,7 +46,8 @@ def test_what_is_translated_lies_beside_sources_of_its_length_whatever_the_refer
         monkeypatch.setattr(module, "TRANSLATED_TOKENS", tokens)
         batches = source_text(pairs, origin, beams).epoch(None)
         assert [sorted(len(e.source) for e in batch) for batch in batches] == [sorted([man, dog]), [cat]]
-    assert len(Batches(pairs, origin, cat).epoch(None)[0][0].source) == cat  # the reference is the shortest
+    longest = [max(len(e.source), len(e.target)) for batch in Batches(pairs, origin, 1).epoch(None) for e in batch]
+    assert longest == sorted(longest) and longest[-1] > cat  # the first one's reference
 
 
 def test_labels_are_padded_with_the_ignored_index_and_attention_follows_length(origin):
