@@ -3,8 +3,9 @@
 
 Reads the original model and conf_prune.json. Writes a bank (.npy) of pruned, not yet tuned variants: whole
 attention heads of lowest joint l1 norm, single weights of lowest magnitude. --criterion obs also reads 2,000 training
-pairs, and chooses by what the original's outputs lose. With -p also a complete test model composed of every block's
-first variant. A model that was pruned before loses more: rates count what it still has.
+pairs, and chooses by what the original's outputs lose, the same heads in all self-attentions of a stack. With -p also
+a complete test model composed of every block's first variant. A model that was pruned before loses more: rates count
+what it still has.
 
     python prune.py -m origin_model.pth -c conf_prune.json -o pruned_modules.npy --criterion obs
 """
