@@ -22,6 +22,7 @@ from benchmarks import stages  # noqa: E402
 from benchmarks.inference import SHAPES, VOCABULARY  # noqa: E402
 from benchmarks.rounds import spread, table  # noqa: E402
 from common import cli  # noqa: E402
+from common.errors import UserError  # noqa: E402
 
 BATCH_TOKENS = 512  # of a training step
 
@@ -61,6 +62,8 @@ def configurations(args) -> list[dict[str, float]]:
             if (place := front.at_size(dense / speed)) is not None:
                 made = float(front.losses[place]), chosen | front.configuration(place)
                 best[speed] = min(best.get(speed, made), made, key=lambda one: one[0])
+    if missing := [speed for speed in args.speedup if speed not in best]:
+        raise UserError(f"no configuration of {args.bank} has {missing[0]:g} times fewer multiply-adds")
     for speed in args.speedup:
         print(f"{speed:g} times fewer multiply-adds: expected loss {best[speed][0]:.4f}")
     return [best[speed][1] for speed in args.speedup]

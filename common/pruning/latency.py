@@ -30,7 +30,7 @@ from common.text.batches import Batches
 
 VERSION = 1
 SENTENCES = 200  # of validation text, that are translated
-BATCH_TOKENS = 8192  # as evaluate.py
+BATCH_TOKENS = 8192
 LARGEST = 1e6  # seconds that a file may hold
 ROUNDS, SECONDS = 3, 90  # every network translates so often, and on until so many seconds have passed
 KINDS = {"encoder.SelfAttention": "encoder self-attention", "encoder.DenseReluDense": "encoder feed-forward",

@@ -87,7 +87,7 @@ class Batches:
             longest = length if count == 1 else max(longest, length)
             return count * longest
 
-        # By the longer side first, which counts: by the target alone 16 % of an epoch's tokens are padding, so 8 %.
+        # By the longer side, which counts: by the target 16 % of the tokens of Multi30K's epoch are padding, so 8 %.
         iterator = BucketIterator(
             self.dataset, self.batch_tokens, sort_key=lambda e: sorted((len(e.source), len(e.target)), reverse=True),
             batch_size_fn=size, train=number is not None, sort_within_batch=True)
