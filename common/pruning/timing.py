@@ -28,11 +28,14 @@ class _Replay:
 
     def __init__(self, network: T5, known: list[torch.Tensor]):
         self.network, self.known, self.turn, self.other = network, known, threading.Semaphore(0), None
+        self.missing = 0  # sentences of the batch that have not been encoded
         network.encode, network.head = self._encode, self._head
 
     def _encode(self, ids, mask):
-        self.ids, self.at = next(self.batches), 0
-        self.rows = torch.arange(len(self.ids), device=ids.device)
+        if not self.missing:  # a batch is encoded in parts
+            self.ids, self.at = next(self.batches), 0
+            self.rows, self.missing = torch.arange(len(self.ids), device=ids.device), len(self.ids)
+        self.missing -= len(ids)
         return T5.encode(self.network, ids, mask)
 
     def _head(self, states):
@@ -56,7 +59,7 @@ class _Replay:
         self.clock = time.thread_time if alone else time.perf_counter
         if self.other:
             self.turn.acquire()
-        self.batches, self.seconds, self.began = iter(self.known), 0.0, self.clock()
+        self.batches, self.missing, self.seconds, self.began = iter(self.known), 0, 0.0, self.clock()
         try:
             translate(replace(model, network=self.network), text, device)
             return self.seconds + self.clock() - self.began

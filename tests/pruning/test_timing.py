@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from common.pruning import timing
+from common.t5 import decoding
 from common.t5.decoding import decode
 from common.t5.modules import prunable
 from tests.small import small_network
@@ -11,7 +12,9 @@ from tests.small import small_network
 CROSS, FF = "decoder.block.0.layer.1.EncDecAttention", "decoder.block.1.layer.2.DenseReluDense"
 
 
-def test_a_network_that_replays_makes_the_known_translations(origin, text):
+@pytest.mark.parametrize("encoded", [2, 64])
+def test_a_network_that_replays_makes_the_known_translations(origin, text, monkeypatch, encoded):
+    monkeypatch.setattr(decoding, "_ENCODED", encoded)  # sentences at once; a batch holds more than two
     known, whole = timing.translations(origin, text[1], "cpu"), small_network(vocab_size=300)
     network = timing.thinned(whole, {CROSS: 1})
     seconds = timing.side_by_side((network, timing.thinned(whole, {})), known, origin, text[1], "cpu")
