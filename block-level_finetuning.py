@@ -63,16 +63,17 @@ def tune_exactly(args, network, bank, writer, calibration, valid, device) -> tup
 
 def tune_by_gradient(args, network, bank, writer, configurations, inputs, train, valid, device) -> tuple[list, str]:
     """Write the variants after gradient descent; return the table of variants and a summary."""
-    from common.training.finetuning import fingerprint
+    from common.training.finetuning import fingerprint, taught
     from common.training.loop import fit
     from common.tuning.gradient import BlockReconstruction
     from common.tuning.joint import JointTranslation
 
     judge, joint = BlockReconstruction(network, bank, valid, device), args.solver == "joint"
     before, objective = judge.errors(valid, device), judge
-    if joint:
-        objective = JointTranslation(network, bank, device, configurations, args.seed)
     options = cli.fit_options(args, max_grad_norm=1.0 if joint else None)
+    if joint:
+        objective = JointTranslation(network, bank, device, configurations, args.seed,
+                                     taught(network, train, options, device))
     result = fit(objective, train, valid, options, device=device, fingerprint=fingerprint(vars(args), inputs))
     judge.masked = objective.masked
     table, after = [], judge.errors(valid, device)

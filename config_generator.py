@@ -82,10 +82,9 @@ def uniform(args) -> list[dict]:
 def timed(args, model, device):
     """Return the times of this machine: those beside the bank, or measured now."""
     from common.pruning import latency
-    from common.text.batches import validation_text
 
     path = args.bank.with_suffix(".latency.json")
-    text = validation_text(cli.corpus(args, model), model, latency.BATCH_TOKENS, latency.SENTENCES)
+    text = latency.text_of(cli.corpus(args, model), model)
     origin = {"model": model.identity, "validation text": text.sha256}
     with outputs(True, path):
         found = latency.read(path, origin) if path.exists() else None

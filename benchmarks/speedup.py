@@ -39,7 +39,7 @@ def run(args) -> list[dict]:
     model, opened = models.load(args.model), bank.load(args.bank)
     corpus = cli.corpus(args, model)
     valid = validation_text(corpus, model, sentences=VALIDATION_SENTENCES)
-    timed = validation_text(corpus, model, latency.BATCH_TOKENS, latency.SENTENCES)
+    timed = latency.text_of(corpus, model)
     times = latency.read(args.bank.with_suffix(".latency.json"), {"model": model.identity,
                                                                   "validation text": timed.sha256})
     print(f"measured on: {times.measured_on}")

@@ -88,7 +88,8 @@ def block_level(header: Header, keys: list[Key], solver: str, epochs: int, pairs
         every = 4 * sum(s.stored(key)[0] for key in keys)  # the variants with their zeros
         trained = every if solver == "adamw" else 4 * s.prunable
         held = s.shape.activations(BATCH_TOKENS // TOKENS, TOKENS, TOKENS, teacher=True)
-        return _plan(s.kept, keys, disk, s.loaded + every + 3 * trained + max(trained, held), int(
+        states = _remembered(s, epochs, pairs or PAIRS) if solver == "joint" else 0
+        return _plan(s.kept, keys, disk, s.loaded + every + 3 * trained + max(trained, held) + states, int(
             epochs * (pairs or PAIRS) * s.shape.operations(TOKENS, TOKENS) * (1 + 3 * trained / (4 * s.prunable))))
     gram, working = 8 * s.widest ** 2, 8 * BATCH_TOKENS * s.widest
     count, lost = {}, {}
@@ -126,10 +127,16 @@ def training(header: Header, configuration: Configuration, batch_tokens: int, ep
     # A copy of what is cut, AdamW's moments, the best weights, and gradients as the activations go; a teacher's file.
     peak = s.loaded + pruned * (trained + s.prunable) + 3 * trained + max(trained, held)
     others = (composes or teacher is not None) * Sizes(teacher or header).model
-    work = 3 * small.operations(TOKENS, TOKENS)
+    work = epochs * 3 * small.operations(TOKENS, TOKENS)
     if teacher:
-        work += Shape.of_header(teacher).operations(TOKENS, TOKENS)
-    return _plan(kept, keys, int(4 * kept + pruned * s.prunable / 8), peak + others, epochs * pairs * work)
+        others, taught = others + _remembered(s, epochs, pairs), Shape.of_header(teacher)
+        work += taught.operations(TOKENS, TOKENS) + (epochs - 1) * 2 * TOKENS * s.largest
+    return _plan(kept, keys, int(4 * kept + pruned * s.prunable / 8), peak + others, pairs * work)
+
+
+def _remembered(s: Sizes, epochs: int, pairs: int) -> int:
+    """Return the bytes of the states that a teacher keeps of a text that it is asked for more than once."""
+    return 4 * s.d * pairs * TOKENS if epochs > 1 else 0
 
 
 def _walk(s: Sizes, sentences: int) -> int:

@@ -13,7 +13,7 @@ from common.pruning import composition
 from common.pruning.configurations import uniform
 from common.pruning.variants import prune_scheme, prune_scheme_by_obs
 from common.t5.decoding import decode
-from common.t5.loss import TranslationLoss
+from common.t5.loss import Teacher, TranslationLoss
 from common.t5.model import Model
 from common.t5.modules import prunable
 from common.tuning import exact
@@ -38,7 +38,7 @@ class Held:
 
 def loss(network, bank, text):
     gradients = []
-    for teacher in (None, network):
+    for teacher in (None, Teacher(network)):
         objective = TranslationLoss(network.train(), teacher)
         value, _ = objective(text.batches[0])
         gradients.append(torch.autograd.grad(value, network.shared.weight)[0])

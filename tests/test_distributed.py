@@ -76,7 +76,7 @@ def test_two_processes_make_what_one_makes(work, monkeypatch):
             [*block, "-p", "tuned.npy", "-o", f"{out}joint.npy", "--stats", f"{out}joint.csv", "--solver", "joint",
              *passes],
             ["model-level_finetuning", "-m", "origin.pth", "-c", "conf.json", "-p", "tuned.npy", "-o",
-             f"{out}model.pth", "--stats", f"{out}model.csv", "--distillation", *passes],
+             f"{out}model.pth", "--stats", f"{out}model.csv", "--distillation", *passes, "--epochs", "2"],
             ["baseline_finetuning", "-m", "pruned.pth", "-o", f"{out}trained.pth", "--stats", f"{out}trained.csv",
              *passes],
             ["evaluate", "-m", "pruned.pth", "--json", f"{out}scores.json", *DATA]]

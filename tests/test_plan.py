@@ -93,6 +93,10 @@ def test_a_trainings_plan_is_that_of_the_network_it_trains(made, stage, tmp_path
     teacher = models.load(origin)
     teacher, _ = shrunk(teacher.network, used(teacher.network, teacher.masks))
     assert taught["operations"] == pytest.approx(alone["operations"] + counted(teacher))
+    thrice, config = plan.training(read_header(composed), {}, 1024, 3, 1, read_header(origin)), teacher.config
+    head = 2 * plan.TOKENS * config.vocab_size * config.d_model  # all the teacher does after the first epoch
+    assert thrice["operations"] == pytest.approx(3 * alone["operations"] + counted(teacher) + 2 * head)
+    assert thrice["memory"] - taught["memory"] == 4 * plan.TOKENS * config.d_model
 
 
 def loaded_parameters(model) -> int:

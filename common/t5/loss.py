@@ -4,10 +4,47 @@ import torch
 from torch import nn
 
 from common import distributed
+from common.runtime import progress
 
 # Of each target token's probability. Half and half is better than either in joint tuning and in most trainings; the
 # teacher alone (1) gave the best BLEU at a slightly higher loss.
 DISTILLATION = 0.5
+
+
+class Teacher:
+    """A network's logits at the target tokens of training batches, ``teacher(batch)``: (tokens, vocabulary).
+
+    It says the same in every epoch. So with a ``text`` it reads that once, and keeps its decoder's states, d_model
+    numbers a target token; what is left for each batch is ``lm_head``. The text is read in a fixed order before any
+    training, so that a resumed run has the same bits.
+    """
+
+    def __init__(self, network, text=None, device="cpu"):
+        """``text``: what is asked for more than once (`common.text.batches.Batches`); ``device``: the network's."""
+        self.network, self._states = network, None
+        if text is None:
+            return
+        ends = torch.tensor([len(example.target) for example in text.dataset.examples]).cumsum(0)
+        self._first = torch.cat([ends.new_zeros(1), ends])
+        self._states = torch.zeros(int(ends[-1]), network.config.d_model)
+        for examples in progress(list(distributed.share(text.epoch(None))), "teacher reads the text"):
+            batch = text.collate(examples, device)
+            self._states[self._places(batch)] = self._read(batch).cpu()
+        for part in self._states.split(1 << 20):
+            distributed.add_up(part)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict) -> torch.Tensor:
+        states = self._read(batch) if self._states is None else self._states[self._places(batch)]
+        return self.network.head(states.to(batch["labels"].device))
+
+    @torch.no_grad()
+    def _read(self, batch: dict) -> torch.Tensor:
+        return self.network.states(**network_inputs(batch, self.network.config)[0])
+
+    def _places(self, batch: dict) -> torch.Tensor:
+        where = (batch["labels"] >= 0).cpu()
+        return (self._first[batch["example"].cpu()][:, None] + torch.arange(where.shape[1]))[where]
 
 
 class TranslationLoss(nn.Module):
@@ -19,16 +56,15 @@ class TranslationLoss(nn.Module):
     Network", section 2, at temperature 1.) What is evaluated is always the plain cross-entropy.
     """
 
-    def __init__(self, network, teacher=None):
+    def __init__(self, network, teacher: Teacher | None = None):
         super().__init__()
-        self.network = network
-        self.teacher = [teacher]  # in a list: not a submodule, not trained, not saved
+        self.network, self.teacher = network, teacher
         self.training = network.training  # else `evaluate` would leave a network that was evaluated in training mode
 
     def forward(self, batch):
         inputs, tokens = network_inputs(batch, self.network.config)
-        distil = self.training and self.teacher[0] is not None
-        return token_loss(self.network(**inputs), tokens, predict(self.teacher[0], inputs) if distil else None)
+        distil = self.training and self.teacher is not None
+        return token_loss(self.network(**inputs), tokens, self.teacher(batch) if distil else None)
 
 
 def token_loss(logits: torch.Tensor, tokens: torch.Tensor,
@@ -46,12 +82,6 @@ def token_loss(logits: torch.Tensor, tokens: torch.Tensor,
     else:
         targets = tokens
     return nn.functional.cross_entropy(logits, targets, reduction="sum"), len(tokens)
-
-
-@torch.no_grad()
-def predict(network, inputs: dict) -> torch.Tensor:
-    """Return a network's logits (tokens, vocabulary) for what `network_inputs` names."""
-    return network(**inputs)
 
 
 def network_inputs(batch: dict, config) -> tuple[dict, torch.Tensor]:

@@ -269,8 +269,12 @@ class T5(nn.Module):
             attention_mask: 1 for the source tokens that count, shaped as ``input_ids``; None: all.
             where: bool, shaped as ``decoder_input_ids``; with it logits (tokens, vocabulary) there alone are made.
         """
+        return self.head(self.states(input_ids, decoder_input_ids, attention_mask, where))
+
+    def states(self, input_ids, decoder_input_ids, attention_mask=None, where=None) -> torch.Tensor:
+        """Return what `forward` makes logits of: the decoder's states, (batch, target length, d_model)."""
         states = self.decoder(decoder_input_ids, None, *self.encode(input_ids, attention_mask))
-        return self.head(states if where is None else states[where])
+        return states if where is None else states[where]
 
 
 def additive(allowed: torch.Tensor) -> torch.Tensor:

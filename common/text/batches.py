@@ -61,6 +61,8 @@ class Batches:
             raise UserError("the tokenizer knows more tokens than the model; they do not belong together")
         fields = [("source", RawField()), ("target", RawField())]
         examples = [Example.fromlist([s, t], fields) for s, t in zip(sources, targets, strict=True)]
+        for i, example in enumerate(examples):
+            example.number = i
         self.dataset = Dataset(examples, fields)
         self.sha256 = digest("\n".join(prefix + "\t".join(pair) for pair in pairs))
         self.batch_tokens, self.seed, self.pad = batch_tokens, seed, config.pad_token_id
@@ -97,7 +99,10 @@ class Batches:
         return [batch for batch in iterator.batches if batch]
 
     def collate(self, examples, device="cpu") -> dict[str, torch.Tensor]:
-        """Pad examples to a batch: input_ids, attention_mask (batch, src_len), labels (batch, tgt_len)."""
+        """Pad examples to a batch: input_ids, attention_mask (batch, src_len), labels (batch, tgt_len).
+
+        And ``example`` (batch): their numbers in the text.
+        """
         from torch.nn.utils.rnn import pad_sequence
 
         sources = [torch.tensor(e.source) for e in examples]
@@ -107,7 +112,7 @@ class Batches:
         attention = torch.arange(ids.shape[1]) < torch.tensor([len(s) for s in sources])[:, None]
         labels = pad_sequence(targets, batch_first=True, padding_value=LABEL_PADDING)
         return {"input_ids": ids.to(device), "attention_mask": attention.long().to(device),
-                "labels": labels.to(device)}
+                "labels": labels.to(device), "example": torch.tensor([e.number for e in examples], device=device)}
 
     def fixed(self, device="cpu") -> Iterator[dict[str, torch.Tensor]]:
         """Yield every batch once, in a fixed order."""

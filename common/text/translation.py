@@ -68,7 +68,6 @@ def translate(model: Model, batches: Batches, device, beams: int = 1,
     """
     network, tokenizer = model.network.eval(), model.tokenizer
     config, no_text = network.config, unknown(model)
-    places = {id(example): i for i, example in enumerate(batches.dataset.examples)}
     texts, unfinished, tokens, began = [""] * len(batches), 0, 0, time.perf_counter()
     with progress(total=len(batches), what="translating", unit=" sentences") as bar:
         for examples in distributed.share(batches.epoch(None)):
@@ -81,7 +80,7 @@ def translate(model: Model, batches: Batches, device, beams: int = 1,
             pieces = [[i for i in row if i not in nothing] for row in ids]
             # By id, because a tokenizer need not flag these; flags leave out others, T5's sentinels for example.
             for example, text in zip(examples, tokenizer.decode_batch(pieces, skip_special_tokens=True), strict=True):
-                texts[places[id(example)]] = text.strip()
+                texts[example.number] = text.strip()
             bar.update(distributed.size() * len(examples))
     texts = ["".join(shares) for shares in zip(*distributed.gather(texts), strict=True)]
     unfinished, tokens = map(int, distributed.sums(unfinished, tokens))

@@ -22,7 +22,7 @@ class Parts:
 
         An ``objective`` without a network takes its batches whole.
         """
-        self.network, self.teacher = getattr(objective, "network", None), getattr(objective, "teacher", [None])[0]
+        self.network, self.teacher = getattr(objective, "network", None), getattr(objective, "teacher", None)
         self.shape = self.network and Shape.of(self.network)
         self.room = _SHARE * room
         if distributed.size() > 1:

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from common.errors import UserError
 from common.pruning.bank import Bank
 from common.pruning.configurations import Configuration, required_variants
-from common.t5.loss import network_inputs, predict, token_loss
+from common.t5.loss import Teacher, network_inputs, token_loss
 from common.tuning.gradient import BankWeights
 
 VALIDATION_MIXTURES = 4
@@ -31,14 +31,19 @@ class JointTranslation(BankWeights):
     In training the loss is that of `common.t5.loss.TranslationLoss` with the original as the teacher.
     """
 
-    def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0):
+    def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0,
+                 teacher: Teacher | None = None):
         """Draw from those of ``configurations`` that prune something if given, else from all mixtures of variants.
+
+        Args:
+            teacher: the original, if it has read the text.
 
         Raises:
             UserError: none of them does.
         """
         super().__init__(network, bank, device)
         self.weights.requires_grad_(False)
+        self.teacher = teacher or Teacher(network)
         shapes = {name: weight.shape for variant in self.variants for name, weight in variant.weights.items()}
         self.corrections = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes.values())
         self.corrected = {name: i for i, name in enumerate(shapes)}
@@ -73,8 +78,7 @@ class JointTranslation(BankWeights):
         inputs, tokens = network_inputs(batch, network.config)
         weights = {name: w for i in chosen for name, w in self.masked(i).items()}
         logits = functional_call(network, weights, (), inputs)
-        aims = predict(network, inputs) if self.training else None
-        return token_loss(logits, tokens, aims)
+        return token_loss(logits, tokens, self.teacher(batch) if self.training else None)
 
     def forward(self, batch):
         if self.training:

@@ -89,7 +89,6 @@ def test_times_of_other_threads_are_measured_anew_and_those_of_another_model_ref
     from dataclasses import replace
 
     from common.t5 import model
-    from common.text.batches import validation_text
     from common.text.corpus import Corpus
 
     monkeypatch.chdir(work)
@@ -97,7 +96,7 @@ def test_times_of_other_threads_are_measured_anew_and_those_of_another_model_ref
                  "--overwrite", "--speedup", 1.1]
     assert stage(*arguments).code == 0
     origin = model.load(work / "origin.pth")
-    text = validation_text(Corpus(work / "text", "en", "de"), origin, slow_attentions.BATCH_TOKENS, 40)
+    text = slow_attentions.text_of(Corpus(work / "text", "en", "de"), origin)
     of = {"model": origin.identity, "validation text": text.sha256}
     path = work / "tuned.latency.json"
     found = slow_attentions.read(path, of)

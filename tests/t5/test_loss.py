@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from common.t5.loss import DISTILLATION, TranslationLoss, evaluate, shift_right, token_loss
+from common.t5 import model as models
+from common.t5.loss import DISTILLATION, Teacher, TranslationLoss, evaluate, shift_right, token_loss
+from common.text.batches import rows
 from tests.small import Text, small_network, theirs
 
 
@@ -50,14 +52,29 @@ def test_a_distilled_target_is_the_reference_and_the_teachers_distribution_by_sh
 
 def test_a_teacher_counts_in_training_only():
     network, batch = small_network(dropout_rate=0.0), next(Text().fixed())
-    plain, distilling = TranslationLoss(network), TranslationLoss(network, small_network(seed=1))
+    plain, distilling = TranslationLoss(network), TranslationLoss(network, Teacher(small_network(seed=1)))
     assert torch.equal(distilling.eval()(batch)[0], plain(batch)[0])
     assert not torch.allclose(distilling.train()(batch)[0], plain(batch)[0], rtol=1e-3)
 
 
+def test_a_teacher_that_has_read_the_text_says_what_it_says_of_every_batch(made, text):
+    network = models.load(made / "origin.pth").network
+    asked, knowing = Teacher(network), Teacher(network, text[0])
+    network.encode = None  # it is not run again
+    for batch in map(text[0].collate, text[0].epoch(1)):
+        logits = knowing(batch)
+        assert len(logits) == (batch["labels"] >= 0).sum()
+        del network.encode
+        assert torch.allclose(logits, asked(batch), rtol=1e-4, atol=1e-4)
+        network.encode = None
+    part, _ = rows(batch, 1, 3)
+    assert torch.equal(knowing(part), logits[torch.repeat_interleave(
+        torch.arange(len(batch["labels"])) % 3 == 1, (batch["labels"] >= 0).sum(dim=1))])
+
+
 def test_a_teacher_is_neither_trained_nor_saved():
     network, teacher = small_network(dropout_rate=0.0), small_network(seed=1)
-    objective = TranslationLoss(network, teacher).train()
+    objective = TranslationLoss(network, Teacher(teacher)).train()
     objective(next(Text().fixed()))[0].backward()
     assert all(p.grad is None for p in teacher.parameters()) and network.shared.weight.grad is not None
     assert objective.state_dict().keys() == {f"network.{name}" for name in network.state_dict()}

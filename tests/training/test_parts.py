@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from common.t5 import model as models
 from common.t5.cost import Shape
 from common.t5.header import read_header
-from common.t5.loss import TranslationLoss
+from common.t5.loss import Teacher, TranslationLoss
 from common.t5.shrink import shrunk, used
 from common.training import loop, parts
 from common.training.loop import FitOptions, _Run, fit
@@ -85,7 +85,7 @@ def test_a_step_takes_no_more_than_was_foreseen(sentences, length, words, twice,
     """Forward and backward pass, beside weights and gradients; not less than half, either."""
     network = small_network(vocab_size=words, num_layers=3, dropout_rate=0.1).train().requires_grad_(True)
     network.encoder.recompute = network.decoder.recompute = twice
-    objective = TranslationLoss(network, small_network(vocab_size=words) if taught else None)
+    objective = TranslationLoss(network, Teacher(small_network(vocab_size=words)) if taught else None)
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
     ids = torch.randint(3, 50, (sentences, length))

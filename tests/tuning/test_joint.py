@@ -5,7 +5,7 @@ from common.errors import UserError
 from common.pruning import composition
 from common.pruning.configurations import uniform
 from common.pruning.variants import prune_scheme
-from common.t5.loss import TranslationLoss, evaluate
+from common.t5.loss import Teacher, TranslationLoss, evaluate
 from common.t5.model import Model
 from common.t5.modules import prunable
 from common.tuning.joint import JointTranslation
@@ -51,7 +51,7 @@ def test_corrections_get_the_gradient_that_the_composed_model_has_inside_its_mas
     model = Model(small_network(dropout_rate=0.0), "")
     for i in chosen:
         composition.install(model, joint.variants[i])
-    TranslationLoss(model.network.train(), network)(batch)[0].backward()
+    TranslationLoss(model.network.train(), Teacher(network))(batch)[0].backward()
     for name, i in joint.corrected.items():
         gradient = joint.corrections[i].grad
         if name in model.masks:
