@@ -72,8 +72,8 @@ def run(args) -> list[dict]:
         recalibrate_composed(models.load(args.model), composed, opened, calibration, device)
         small = shrink(composed)
         made = quality(shrink(composed))
-        rounds = [d / s for s, d in (timing.side_by_side((small, dense), known, model, text, device)
-                                     for _ in range(args.rounds))]
+        rounds = [sum(d) / sum(s) for s, d in (timing.side_by_side((small, dense), known, model, text, device)
+                                               for _ in range(args.rounds))]
         rows.append({"asked": asked, "predicted": float(whole / front.sizes[place]),
                      "measured": statistics.median(rounds), "rounds": rounds,
                      "expected_loss": float(front.losses[place])} | made | {"configuration": configuration})

@@ -2,9 +2,10 @@
 
 They translate in turns of a few steps, because a busy machine's speed changes by the second: one network's times for
 200 sentences varied by 11 % from run to run (standard deviation; 2 shared cores, 2026-11), the quotient of two in turns
-by 1 to 3 %.
+by 1 to 3 %. Python's collector of garbage waits meanwhile: its 0.1 s would count as one network's.
 """
 
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -46,31 +47,31 @@ class _Replay:
         logits.scatter_(1, self.ids[self.rows, self.at, None], torch.inf)
         self.at += 1
         if self.other and self.at % TURN == 0:
-            self.seconds += self.clock() - self.began
+            self.turns.append(self.clock() - self.began)
             self.other.turn.release()
             self.turn.acquire()
             self.began = self.clock()
         return logits
 
-    def run(self, model: Model, text: Batches, device) -> float:
-        """Translate the text; return the seconds without those of others' turns."""
+    def run(self, model: Model, text: Batches, device) -> list[float]:
+        """Translate the text; return the seconds of each of its turns."""
         # The time of a single thread is its own: that which other programs take away is none of it.
         alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
         self.clock = time.thread_time if alone else time.perf_counter
         if self.other:
             self.turn.acquire()
-        self.batches, self.missing, self.seconds, self.began = iter(self.known), 0, 0.0, self.clock()
+        self.batches, self.missing, self.turns, self.began = iter(self.known), 0, [], self.clock()
         try:
             translate(replace(model, network=self.network), text, device)
-            return self.seconds + self.clock() - self.began
+            return [*self.turns, self.clock() - self.began]
         finally:
             if self.other:
                 self.other.other = None
                 self.other.turn.release()
 
 
-def side_by_side(pair: tuple[T5, T5], known, model: Model, text: Batches, device) -> tuple[float, float]:
-    """Return the seconds that two networks take for translations of a text into what is ``known``, in turns.
+def side_by_side(pair: tuple[T5, T5], known, model: Model, text: Batches, device) -> tuple[list[float], list[float]]:
+    """Return the seconds that two networks take for translations of a text into what is ``known``, turn by turn.
 
     Args:
         known: of `translations`.
@@ -79,9 +80,15 @@ def side_by_side(pair: tuple[T5, T5], known, model: Model, text: Batches, device
     a, b = (_Replay(network, known) for network in pair)
     a.other, b.other = b, a
     a.turn.release()
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(replay.run, model, text, device) for replay in (a, b)]
-    return runs[0].result(), runs[1].result()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(replay.run, model, text, device) for replay in (a, b)]
+        return runs[0].result(), runs[1].result()
+    finally:
+        if collects:
+            gc.enable()
 
 
 @torch.no_grad()

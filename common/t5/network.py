@@ -85,7 +85,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     """Return softmax(q kᵀ + bias) v head by head; T5 does not scale q kᵀ.
 
     On the CPU with sentences of some 15 tokens, plain matrix products train 15 to 20 % faster than the fused
-    attention (0.28 against 0.34 s a step of 2,048 tokens; 2 cores, 2026-11).
+    attention (0.28 against 0.34 s a step of 2,048 tokens; 2 cores, 2026-11); half of the heads and 1,024 tokens 2 %.
 
     Args:
         q: (batch, heads, length, width); k, v: (batch, heads, source length, width).

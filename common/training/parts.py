@@ -8,7 +8,7 @@ import torch
 from common import distributed
 from common.t5.cost import Shape
 
-# Into more parts a batch is not cut before activations are computed twice, for 1.3 to 1.5 times the time of a step (2
+# Into more parts a batch is not cut before activations are computed twice, for 1.4 times the time of a step (2
 # million weights, one thread): small products are slow, too.
 _MOST_PARTS = 4
 _SHARE = 0.7  # of the room, which activations may take: others take some, and allocators keep what they free

@@ -1,5 +1,7 @@
 """Networks that replay translations, in turns."""
 
+import gc
+
 import pytest
 import torch
 
@@ -18,13 +20,28 @@ def test_a_network_that_replays_makes_the_known_translations(origin, text, monke
     known, whole = timing.translations(origin, text[1], "cpu"), small_network(vocab_size=300)
     network = timing.thinned(whole, {CROSS: 1})
     seconds = timing.side_by_side((network, timing.thinned(whole, {})), known, origin, text[1], "cpu")
-    assert min(seconds) > 0
+    assert min(map(min, seconds)) > 0 and len({len(turns) for turns in seconds}) == 1
     replay = timing._Replay(network, known)
     replay.batches = iter(known)
     for batch, ids in zip(text[1].fixed(), known, strict=True):
         for made, row in zip(decode(network, batch["input_ids"], batch["attention_mask"], ids.shape[1]), ids.tolist(),
                              strict=True):
             assert made == row[:len(made)] and set(row[len(made):]) <= {1}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_garbage_is_collected_in_no_networks_time(origin, text, monkeypatch, before):
+    known, whole, seen = timing.translations(origin, text[1], "cpu"), small_network(vocab_size=300), []
+    networks = timing.thinned(whole, {}), timing.thinned(whole, {})
+    translate = timing.translate
+    monkeypatch.setattr(timing, "translate", lambda *arguments: (seen.append(gc.isenabled()), translate(*arguments)))
+    try:
+        if not before:
+            gc.disable()
+        timing.side_by_side(networks, known, origin, text[1], "cpu")
+        assert seen == [False, False] and gc.isenabled() is before
+    finally:
+        gc.enable()
 
 
 def test_a_failure_in_either_ends_both(origin, text, monkeypatch):
@@ -34,6 +51,7 @@ def test_a_failure_in_either_ends_both(origin, text, monkeypatch):
         with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
             m.setattr(bad.decoder, "layers", lambda: 1 / 0)
             timing.side_by_side(networks, known, origin, text[1], "cpu")
+        assert gc.isenabled()
 
 
 def test_thinned_sublayers_differ_in_their_heads_and_share_what_is_not_cut():
