@@ -63,7 +63,7 @@ def tune_exactly(args, network, bank, writer, calibration, valid, device) -> tup
 
 def tune_by_gradient(args, network, bank, writer, configurations, inputs, train, valid, device) -> tuple[list, str]:
     """Write the variants after gradient descent; return the table of variants and a summary."""
-    from common.training.finetuning import fingerprint, taught
+    from common.training.finetuning import fingerprint
     from common.training.loop import fit
     from common.tuning.gradient import BlockReconstruction
     from common.tuning.joint import JointTranslation
@@ -72,8 +72,7 @@ def tune_by_gradient(args, network, bank, writer, configurations, inputs, train,
     before, objective = judge.errors(valid, device), judge
     options = cli.fit_options(args, max_grad_norm=1.0 if joint else None)
     if joint:
-        objective = JointTranslation(network, bank, device, configurations, args.seed,
-                                     taught(network, train, options, device))
+        objective = JointTranslation(network, bank, device, configurations, args.seed)
     result = fit(objective, train, valid, options, device=device, fingerprint=fingerprint(vars(args), inputs))
     judge.masked = objective.masked
     table, after = [], judge.errors(valid, device)

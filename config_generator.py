@@ -4,7 +4,7 @@
 Reads a model file. Either all modules of a kind are pruned at one rate (--attention, --feed-forward, --linear). Or,
 with a tuned bank, the configurations are found that are expected to be best at a total --sparsity or --speedup, or
 smallest for a --target-loss, whatever the rates. That needs one short evaluation for each variant of the bank, once
-(kept in BANK.sensitivity.json), for --speedup also two minutes of timing this machine (BANK.latency.json), and then
+(kept in BANK.sensitivity.json), for --speedup also minutes of timing this machine (BANK.latency.json), and then
 weighs all combinations in seconds.
 
     python config_generator.py -m origin_model.pth -o conf.json --attention 0.25 0.5 --linear 0.5 0.8

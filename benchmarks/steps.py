@@ -143,6 +143,11 @@ def ways(args, pairs) -> dict[str, Steps]:
     teacher = models.load(args.teacher).network
     steps = partial(Steps, args.model, pairs, args.batch_tokens)
 
+    def read(text):
+        made = Teacher(teacher)
+        made.read(text, "cpu")
+        return made
+
     def recompute(network, masks):
         hooks(network, masks)
         network.encoder.recompute = network.decoder.recompute = True
@@ -152,7 +157,7 @@ def ways(args, pairs) -> dict[str, Steps]:
         for module in [m for m in network.modules() if isinstance(m, kind)]:
             module.compile(dynamic=True)
 
-    fused = torch.nn.functional.scaled_dot_product_attention
+    attention = torch.nn.functional.scaled_dot_product_attention
     return {
         OURS: steps(),
         "not shrunk": steps(change=hooks),
@@ -160,8 +165,8 @@ def ways(args, pairs) -> dict[str, Steps]:
         "logits at padding, too": steps(loss=everywhere),
         f"logits and cross-entropy {CHUNK} tokens at a time": steps(loss=in_chunks),
         "torch's dropout": steps(context=lambda: patch.object(t5.Dropout, "forward", torch.nn.Dropout.forward)),
-        "torch's fused attention": steps(context=lambda: patch.object(
-            t5, "attend", lambda q, k, v, bias, dropout: fused(
+        "torch's scaled_dot_product_attention": steps(context=lambda: patch.object(
+            t5, "attend", lambda q, k, v, bias, dropout: attention(
                 q, k, v, bias.expand(*q.shape[:3], k.shape[2]), dropout.p, scale=1.0).transpose(1, 2).flatten(2))),
         "AdamW, foreach": steps({"foreach": True}),
         "AdamW, weight by weight": steps({"foreach": False}),
@@ -169,7 +174,7 @@ def ways(args, pairs) -> dict[str, Steps]:
         "batches by the target's length": steps(context=by_target),
         "not shrunk, compiled sub-layers": steps(change=partial(compiled, kind=t5.Layer)),
         "not shrunk, compiled network": steps(change=partial(compiled, kind=t5.T5)),
-        TAUGHT: steps(teacher=lambda text: Teacher(teacher, text)),
+        TAUGHT: steps(teacher=read),
         "with a teacher that is asked every time": steps(teacher=lambda text: Teacher(teacher)),
     }
 

@@ -89,8 +89,9 @@ def block_level(header: Header, keys: list[Key], solver: str, epochs: int, pairs
         trained = every if solver == "adamw" else 4 * s.prunable
         held = s.shape.activations(BATCH_TOKENS // TOKENS, TOKENS, TOKENS, teacher=True)
         states = _remembered(s, epochs, pairs or PAIRS) if solver == "joint" else 0
+        once = 1 if solver == "joint" else epochs  # what the original does
         return _plan(s.kept, keys, disk, s.loaded + every + 3 * trained + max(trained, held) + states, int(
-            epochs * (pairs or PAIRS) * s.shape.operations(TOKENS, TOKENS) * (1 + 3 * trained / (4 * s.prunable))))
+            (pairs or PAIRS) * s.shape.operations(TOKENS, TOKENS) * (once + epochs * 3 * trained / (4 * s.prunable))))
     gram, working = 8 * s.widest ** 2, 8 * BATCH_TOKENS * s.widest
     count, lost = {}, {}
     for block, rates in keys:
@@ -129,8 +130,9 @@ def training(header: Header, configuration: Configuration, batch_tokens: int, ep
     others = (composes or teacher is not None) * Sizes(teacher or header).model
     work = epochs * 3 * small.operations(TOKENS, TOKENS)
     if teacher:
-        others, taught = others + _remembered(s, epochs, pairs), Shape.of_header(teacher)
-        work += taught.operations(TOKENS, TOKENS) + (epochs - 1) * 2 * TOKENS * s.largest
+        t = Sizes(teacher)
+        others += _remembered(t, epochs, pairs)
+        work += t.shape.operations(TOKENS, TOKENS) + (epochs - 1) * 2 * TOKENS * t.largest
     return _plan(kept, keys, int(4 * kept + pruned * s.prunable / 8), peak + others, pairs * work)
 
 

@@ -9,7 +9,6 @@ Capital Allocation"). A size is a number of weights, or the time that `common.pr
 """
 
 import itertools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,7 @@ LARGEST = 1e6  # loss that a file may hold; sums of more could overflow
 # At first an epoch of training is expected to bring a composed model whose loss lies by this share of the original's
 # above it down to the original's, and to leave so much of what lies beyond. (So it was with Multi30K's T5.)
 START, LEFT = 0.07, 0.6
-MARGIN = 0.9  # of what a line says can be allowed, so much is
+MARGIN = 0.9  # of what a line says can be allowed, or of the least that failed
 
 
 @dataclass
@@ -160,7 +159,7 @@ def aim(limit: float, dense: float, failed: list[tuple[float, float]]) -> float:
     """Return what a composed model's predicted loss may lie above the original's, to be at most ``limit`` once trained.
 
     The loss after training is expected on a line over the predicted loss. At first that is a guess (`START`, `LEFT`);
-    then it goes through what trainings gave that failed. Below 0: none.
+    then it goes through what trainings gave that failed. `MARGIN` is left. Below 0: none.
 
     Args:
         dense: the original's validation loss, of the text that ``limit`` is of.
@@ -173,7 +172,7 @@ def aim(limit: float, dense: float, failed: list[tuple[float, float]]) -> float:
         if abs(above - before) > 1e-3 and (loss - other) / (above - before) > 0.01:
             slope = (loss - other) / (above - before)
         floor = loss - slope * above
-    return MARGIN * min((limit - floor) / slope, *(above for above, _ in failed), math.inf)
+    return MARGIN * min([(limit - floor) / slope, *(above for above, _ in failed)])
 
 
 def removed_weights(model: Model, bank: Bank) -> tuple[dict[Key, int], int, int]:

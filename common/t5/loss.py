@@ -1,5 +1,7 @@
 """The translation loss, what a T5 is called with for it, and its mean over a split."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,42 +11,54 @@ from common.runtime import progress
 # Of each target token's probability. Half and half is better than either in joint tuning and in most trainings; the
 # teacher alone (1) gave the best BLEU at a slightly higher loss.
 DISTILLATION = 0.5
+READ_AT_ONCE = 64  # sentences
 
 
 class Teacher:
     """A network's logits at the target tokens of training batches, ``teacher(batch)``: (tokens, vocabulary).
 
-    It says the same in every epoch. So with a ``text`` it reads that once, and keeps its decoder's states, d_model
-    numbers a target token; what is left for each batch is ``lm_head``. The text is read in a fixed order before any
-    training, so that a resumed run has the same bits.
+    It says the same in every epoch. So it can `read` the text before: then its decoder's states are there, and what is
+    left for each batch is ``lm_head``.
     """
 
-    def __init__(self, network, text=None, device="cpu"):
-        """``text``: what is asked for more than once (`common.text.batches.Batches`); ``device``: the network's."""
+    def __init__(self, network):
         self.network, self._states = network, None
-        if text is None:
-            return
+
+    def size(self, text) -> int:
+        """Return the bytes that are kept of a text (`common.text.batches.Batches`): d_model numbers a target token."""
+        return 4 * self.network.config.d_model * sum(len(example.target) for example in text.dataset.examples)
+
+    def read(self, text, device, between: Callable[[], None] = lambda: None) -> None:
+        """Run over a text, in a fixed order, so that a run that is resumed has the same bits.
+
+        Args:
+            device: the network's; the states are kept in the CPU's memory.
+            between: called after every batch.
+        """
         ends = torch.tensor([len(example.target) for example in text.dataset.examples]).cumsum(0)
-        self._first = torch.cat([ends.new_zeros(1), ends])
-        self._states = torch.zeros(int(ends[-1]), network.config.d_model)
+        self._first = [0, *ends.tolist()]
+        states = torch.zeros(self._first[-1], self.network.config.d_model)
         for examples in progress(list(distributed.share(text.epoch(None))), "teacher reads the text"):
-            batch = text.collate(examples, device)
-            self._states[self._places(batch)] = self._read(batch).cpu()
-        for part in self._states.split(1 << 20):
+            for at in range(0, len(examples), READ_AT_ONCE):
+                batch = text.collate(examples[at:at + READ_AT_ONCE], device)
+                states[self._places(batch)] = self._run(batch).cpu()
+            between()
+        for part in states.split(max((1 << 24) // states.shape[1], 1)):
             distributed.add_up(part)
+        self._states = states
 
     @torch.no_grad()
     def __call__(self, batch: dict) -> torch.Tensor:
-        states = self._read(batch) if self._states is None else self._states[self._places(batch)]
+        states = self._run(batch) if self._states is None else self._states[self._places(batch)]
         return self.network.head(states.to(batch["labels"].device))
 
     @torch.no_grad()
-    def _read(self, batch: dict) -> torch.Tensor:
+    def _run(self, batch: dict) -> torch.Tensor:
         return self.network.states(**network_inputs(batch, self.network.config)[0])
 
     def _places(self, batch: dict) -> torch.Tensor:
-        where = (batch["labels"] >= 0).cpu()
-        return (self._first[batch["example"].cpu()][:, None] + torch.arange(where.shape[1]))[where]
+        numbers = batch["example"].tolist()
+        return torch.cat([torch.arange(0), *(torch.arange(self._first[i], self._first[i + 1]) for i in numbers)])
 
 
 class TranslationLoss(nn.Module):

@@ -101,7 +101,7 @@ class Batches:
     def collate(self, examples, device="cpu") -> dict[str, torch.Tensor]:
         """Pad examples to a batch: input_ids, attention_mask (batch, src_len), labels (batch, tgt_len).
 
-        And ``example`` (batch): their numbers in the text.
+        And ``example`` (batch), which stays on the CPU: their numbers in the text.
         """
         from torch.nn.utils.rnn import pad_sequence
 
@@ -112,7 +112,7 @@ class Batches:
         attention = torch.arange(ids.shape[1]) < torch.tensor([len(s) for s in sources])[:, None]
         labels = pad_sequence(targets, batch_first=True, padding_value=LABEL_PADDING)
         return {"input_ids": ids.to(device), "attention_mask": attention.long().to(device),
-                "labels": labels.to(device), "example": torch.tensor([e.number for e in examples], device=device)}
+                "labels": labels.to(device), "example": torch.tensor([e.number for e in examples])}
 
     def fixed(self, device="cpu") -> Iterator[dict[str, torch.Tensor]]:
         """Yield every batch once, in a fixed order."""
@@ -138,7 +138,7 @@ def _without_tokens(batch: dict) -> dict:
     """Return a batch of one sentence in which no token counts."""
     first = {key: t[:1] for key, t in batch.items()}
     return first | {"attention_mask": torch.zeros_like(first["attention_mask"]),
-                    "labels": torch.full_like(first["labels"], LABEL_PADDING)}
+                    "labels": torch.full_like(first["labels"], LABEL_PADDING), "example": batch["example"][:0]}
 
 
 def training_text(corpus: Corpus, model, batch_tokens: int = BATCH_TOKENS, seed: int = 0) -> Batches:

@@ -6,13 +6,11 @@ from torch import nn
 
 from common.errors import UserError
 from common.files.provenance import Input, hashes, provenance
-from common.runtime import available_memory
 from common.t5.loss import Teacher, TranslationLoss
 from common.t5.model import Model, save
 from common.text.batches import Batches
 from common.training.loop import FitOptions, FitResult, finish, fit
 from common.training.masks import Pruned
-from common.training.parts import autocast
 
 # Arguments that do not decide the result, or only when it is good enough.
 _FREE = ("resume", "overwrite", "device", "target_loss")
@@ -53,7 +51,7 @@ def finetune(stage: str, arguments: dict, model: Model, inputs: dict[str, Input]
         teacher.network.to(device).eval().requires_grad_(False)
     inputs |= {"training text": train.as_input(), "validation text": valid.as_input()}
     with Pruned(model, device) as network:
-        objective = TranslationLoss(network, teacher and taught(teacher.network, train, options, device))
+        objective = TranslationLoss(network, teacher and Teacher(teacher.network))
         if options.dropout is not None:
             set_dropout(network, options.dropout)
         result = fit(objective, train, valid, options, device=device, fingerprint=fingerprint(arguments, inputs),
@@ -62,18 +60,6 @@ def finetune(stage: str, arguments: dict, model: Model, inputs: dict[str, Input]
     save(output, model)
     finish(options)
     return result
-
-
-def taught(network: nn.Module, text: Batches, options: FitOptions, device) -> Teacher:
-    """Return the teacher of a training; it reads the text beforehand if every epoch will ask it the same.
-
-    Not if training may end early, nor if what it keeps takes more than a quarter of the memory that is left.
-    """
-    size = 4 * network.config.d_model * sum(len(example.target) for example in text.dataset.examples)
-    room = available_memory("cpu")
-    again = options.epochs > 1 and not options.target_loss and (room is None or size < room / 4)
-    with autocast(device):
-        return Teacher(network, text if again else None, device)
 
 
 def _same_vocabulary(a: Model, b: Model) -> bool:

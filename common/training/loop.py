@@ -197,6 +197,9 @@ class _Run:
     def run(self) -> FitResult:
         distributed.check_same(self.fingerprint | {"checkpoint to go on from": str(can_resume(self.options))})
         self._start()
+        if self.options.epochs > 1 and not self.options.target_loss:  # else a part of the text may be all that is asked
+            alone = distributed.size() == 1  # several processes have not all as many batches
+            self.parts.let_read(self.train, self.device, self._yield_to_signal if alone else lambda: None)
         with progress(what="training", total=self.options.epochs * len(self.train.epoch(0)), initial=self.state.step,
                       unit="step") as self.bar:
             return self._train()

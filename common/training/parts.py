@@ -1,4 +1,4 @@
-"""How a step fits into memory: a batch in parts, activations computed twice, half precision on a GPU."""
+"""How a step fits into memory: a batch in parts, activations computed twice, half precision on a GPU, a teacher's."""
 
 import contextlib
 import math
@@ -27,6 +27,17 @@ class Parts:
         self.room = _SHARE * room
         if distributed.size() > 1:
             self.room = -distributed.highest(-int(min(self.room, 1 << 60)))
+
+    def let_read(self, text, device, between) -> None:
+        """Let the teacher, if there is one, read the text beforehand (`common.t5.loss.Teacher.read`).
+
+        Not if what it keeps takes more than a quarter of the room; all processes come to the same decision.
+        """
+        size = self.teacher.size(text) if self.teacher else 0
+        if 0 < 4 * size <= self.room:
+            self.room -= size
+            with autocast(device):
+                self.teacher.read(text, device, between)
 
     def of(self, batch: dict) -> int:
         """Return the number of parts for a batch; sets whether the network computes activations twice."""

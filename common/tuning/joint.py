@@ -31,19 +31,15 @@ class JointTranslation(BankWeights):
     In training the loss is that of `common.t5.loss.TranslationLoss` with the original as the teacher.
     """
 
-    def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0,
-                 teacher: Teacher | None = None):
+    def __init__(self, network, bank: Bank, device, configurations: list[Configuration] | None = None, seed: int = 0):
         """Draw from those of ``configurations`` that prune something if given, else from all mixtures of variants.
-
-        Args:
-            teacher: the original, if it has read the text.
 
         Raises:
             UserError: none of them does.
         """
         super().__init__(network, bank, device)
         self.weights.requires_grad_(False)
-        self.teacher = teacher or Teacher(network)
+        self.teacher = Teacher(network)
         shapes = {name: weight.shape for variant in self.variants for name, weight in variant.weights.items()}
         self.corrections = nn.ParameterList(torch.zeros(shape, device=device) for shape in shapes.values())
         self.corrected = {name: i for i, name in enumerate(shapes)}

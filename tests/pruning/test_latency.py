@@ -122,6 +122,16 @@ def test_measuring_times_every_kind_and_leaves_the_model_as_it_was(origin, text,
     assert found.measured_on["sentences"] == len(text[1]) and not found.differences("cpu")
 
 
+def test_of_each_turn_the_least_counts(origin, text, monkeypatch):
+    monkeypatch.setattr(latency, "ROUNDS", 2)
+    monkeypatch.setattr(latency, "SECONDS", 0)
+    rounds = iter([([2.0, 9.0], [1.0, 8.0])] * 16 + [([9.0, 2.0], [8.0, 1.0])] * 16)
+    monkeypatch.setattr(latency, "side_by_side", lambda *arguments: next(rounds))
+    found = latency.measure(origin, text[1], "cpu")
+    assert found.fixed == 2.0 and next(rounds, None) is None
+    assert sum(2 * max(table.values()) for table in found.seconds.values()) == pytest.approx(4.0 - 2.0)
+
+
 def test_a_line_through_what_was_measured():
     assert latency._line({1: 2.0, 2: 4.0, 3: 3.0}) == pytest.approx({0: 0.0, 1: 2.5, 3: 3.5})
     assert latency._line({1: 2.0}) == {0: 0.0, 1: 2.0}

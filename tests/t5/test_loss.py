@@ -59,7 +59,9 @@ def test_a_teacher_counts_in_training_only():
 
 def test_a_teacher_that_has_read_the_text_says_what_it_says_of_every_batch(made, text):
     network = models.load(made / "origin.pth").network
-    asked, knowing = Teacher(network), Teacher(network, text[0])
+    asked, knowing = Teacher(network), Teacher(network)
+    knowing.read(text[0], "cpu")
+    assert knowing.size(text[0]) == knowing._states.nbytes
     network.encode = None  # it is not run again
     for batch in map(text[0].collate, text[0].epoch(1)):
         logits = knowing(batch)

@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 
 from common.errors import Interrupted, UserError
 from common.t5 import model as models
-from common.t5.loss import TranslationLoss
+from common.t5.loss import Teacher, TranslationLoss
 from common.t5.network import T5
-from common.training import finetuning, loop
-from common.training.finetuning import finetune, fingerprint, set_dropout, taught
+from common.training import loop
+from common.training.finetuning import finetune, fingerprint, set_dropout
 from common.training.loop import FitOptions
 from tests.small import small_network
 
@@ -51,25 +52,42 @@ def forwards(monkeypatch, network) -> list:
 
 
 def test_a_teacher_reads_the_text_once_however_many_epochs_ask_it(made, text, tmp_path, monkeypatch):
-    """And what is learned is what is learned from a teacher that is asked anew, as if memory is short."""
+    """And what is learned is what is learned from a teacher that is asked anew, as where memory is short."""
     found = []
-    for room, most in ((None, 1), (10_000, 3)):
-        monkeypatch.setattr(finetuning, "available_memory", lambda device, room=room: room)
+    for asked in ([None], [0, 1]):
         torch.manual_seed(1)
         teacher = models.load(made / "origin.pth")
         calls = forwards(monkeypatch, teacher.network)
-        found.append(dict(train(made, text, tmp_path, teacher=teacher, epochs=3).network.named_parameters()))
-        # Batches by lot are not as many as those in the fixed order.
-        assert len(calls) == (len(text[0].epoch(None)) if most == 1 else sum(len(text[0].epoch(i)) for i in range(3)))
+        found.append(dict(train(made, text, tmp_path, teacher=teacher, epochs=2).network.named_parameters()))
+        assert len(calls) == sum(len(text[0].epoch(number)) for number in asked)
+        monkeypatch.setattr(Teacher, "size", lambda self, text: 1 << 60)
     assert all(torch.allclose(p, found[1][name], atol=2e-3) for name, p in found[0].items())
     assert not all(torch.allclose(p, q, atol=0.02) for p, q in zip(
         found[0].values(), models.load(made / "pruned.pth").network.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 1}, {"epochs": 2, "target_loss": 0.1}])
-def test_a_teacher_reads_no_text_of_which_training_may_need_but_a_part(made, text, tmp_path, changes):
-    options = FitOptions(**{"lr": 1e-2, "stats": tmp_path / "s.csv", "checkpoint": tmp_path / "cp"} | changes)
-    assert taught(models.load(made / "origin.pth").network, text[0], options, "cpu")._states is None
+def test_a_teacher_reads_no_text_of_which_training_may_need_but_a_part(made, text, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(Teacher, "read", None)
+    train(made, text, tmp_path, teacher=models.load(made / "origin.pth"), **changes)
+
+
+def test_reading_can_be_interrupted_and_counts_as_training(made, text, tmp_path, monkeypatch):
+    def run(**options):
+        train(made, text, tmp_path, teacher=models.load(made / "origin.pth"), epochs=2, **options)
+
+    state = T5.states
+    monkeypatch.setattr(T5, "states", lambda self, *args, **inputs: (time.sleep(0.1), state(self, *args, **inputs))[1])
+    batches = len(text[0].epoch(None))
+    with monkeypatch.context() as m, pytest.raises(Interrupted, match="interrupted after step 0"):
+        m.setattr(Teacher, "_run", lambda self, batch: os.kill(os.getpid(), signal.SIGINT) or torch.zeros(1, 32))
+        run()
+    step = loop._Run._step
+    monkeypatch.setattr(loop._Run, "_step", lambda self, *arguments: (
+        step(self, *arguments), self.state.step == 1 and seconds.append(self.state.seconds)))
+    seconds = []
+    run(resume=True)
+    assert seconds[0] > 0.1 * (batches + 1)
 
 
 def test_a_distilled_training_that_is_resumed_ends_bit_for_bit(made, text, tmp_path, monkeypatch):

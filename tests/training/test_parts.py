@@ -100,8 +100,8 @@ def test_a_step_takes_no_more_than_was_foreseen(sentences, length, words, twice,
 def test_short_memory_is_told_once(made, text, tmp_path, monkeypatch):
     said, network = [], models.load(made / "origin.pth").network.requires_grad_(True)
     monkeypatch.setattr(loop, "check_memory", lambda *arguments: 1000)
-    fit(TranslationLoss(network), *text, FitOptions(1, 1e-3, tmp_path / "s.csv", tmp_path / "cp"), device="cpu",
-        fingerprint={}, log=said.append)
+    fit(TranslationLoss(network), text[1], text[1], FitOptions(1, 1e-3, tmp_path / "s.csv", tmp_path / "cp"),
+        device="cpu", fingerprint={}, log=said.append)
     assert sum("memory is short: batches are added up in parts" in line for line in said) == 1
 
 

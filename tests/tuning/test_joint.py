@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from common.errors import UserError
+from common.pruning import bank as banks
 from common.pruning import composition
 from common.pruning.configurations import uniform
 from common.pruning.variants import prune_scheme
+from common.t5 import model as models
 from common.t5.loss import Teacher, TranslationLoss, evaluate
 from common.t5.model import Model
 from common.t5.modules import prunable
@@ -40,6 +42,16 @@ def test_the_loss_of_a_configuration_is_that_of_the_composed_model(network, bank
     joint = JointTranslation(network, bank, "cpu", [configuration]).eval()
     expected = evaluate(TranslationLoss(composed(bank, configuration).network), text, "cpu")
     assert evaluate(joint, text, "cpu") == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_original_that_has_read_the_text_teaches_the_same(made, text):
+    origin = models.load(made / "origin.pth")
+    joint = JointTranslation(origin.network, banks.load(made / "tuned.npy"), "cpu", seed=1).train()
+    batch = text[0].collate(text[0].epoch(0)[0])
+    chosen = joint.draw()
+    asked = float(joint.composed(chosen, batch)[0].detach())
+    joint.teacher.read(text[0], "cpu")
+    assert float(joint.composed(chosen, batch)[0].detach()) == pytest.approx(asked, rel=1e-5)
 
 
 def test_corrections_get_the_gradient_that_the_composed_model_has_inside_its_masks(network, bank):
