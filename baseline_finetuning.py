@@ -20,8 +20,8 @@ def build_parser():
     cli.add_output(p, "baseline_model.pth", "model file to write")
     cli.add_training(p, epochs=3, lr=1e-3, stats="baseline_stats.csv")
     p.add_argument("--teacher", type=Path, metavar="MODEL",
-                   help="the original: half of each target follows its distribution, for 1.5 times "
-                        "the time of one epoch, 1.25 of three")
+                   help="the original: half of each target follows its distribution, for up to 1.5 "
+                        "times the time")
     cli.add_data(p)
     cli.add_seed(p)
     cli.add_device(p)

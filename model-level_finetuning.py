@@ -20,8 +20,8 @@ def build_parser():
     cli.add_output(p, "finetuned_model.pth", "model file to write")
     cli.add_training(p, epochs=3, lr=1e-3, stats="model_stats.csv")
     p.add_argument("--distillation", action="store_true",
-                   help="half of each target follows the original's distribution, for 1.5 times "
-                        "the time of one epoch, 1.25 of three")
+                   help="half of each target follows the original's distribution, for up to 1.5 "
+                        "times the time")
     cli.add_data(p)
     cli.add_seed(p)
     cli.add_device(p)
