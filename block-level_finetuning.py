@@ -70,9 +70,9 @@ def tune_by_gradient(args, network, bank, writer, configurations, inputs, train,
 
     judge, joint = BlockReconstruction(network, bank, valid, device), args.solver == "joint"
     before, objective = judge.errors(valid, device), judge
-    options = cli.fit_options(args, max_grad_norm=1.0 if joint else None)
     if joint:
         objective = JointTranslation(network, bank, device, configurations, args.seed)
+    options = cli.fit_options(args, max_grad_norm=1.0 if joint else None)
     result = fit(objective, train, valid, options, device=device, fingerprint=fingerprint(vars(args), inputs))
     judge.masked = objective.masked
     table, after = [], judge.errors(valid, device)

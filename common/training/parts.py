@@ -1,4 +1,4 @@
-"""How a step fits into memory: a batch in parts, activations computed twice, half precision on a GPU, a teacher's."""
+"""How a step fits into memory: a batch in parts, activations computed twice, a teacher's states; bfloat16 on a GPU."""
 
 import contextlib
 import math
