@@ -74,7 +74,7 @@ def test_two_processes_make_what_one_makes(work, monkeypatch):
             [*block, "-p", "pruned.npy", "-o", f"{out}adamw.npy", "--stats", f"{out}adamw.csv", "--solver", "adamw",
              *passes],
             [*block, "-p", "tuned.npy", "-o", f"{out}joint.npy", "--stats", f"{out}joint.csv", "--solver", "joint",
-             *passes, "--epochs", "2"],
+             *passes],
             ["model-level_finetuning", "-m", "origin.pth", "-c", "conf.json", "-p", "tuned.npy", "-o",
              f"{out}model.pth", "--stats", f"{out}model.csv", "--distillation", *passes, "--epochs", "2"],
             ["baseline_finetuning", "-m", "pruned.pth", "-o", f"{out}trained.pth", "--stats", f"{out}trained.csv",
