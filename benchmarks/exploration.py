@@ -12,9 +12,10 @@ a loss 0.008 higher for 1.5 times the time). Arms:
 
 Not every configuration of the published arm is trained, but every --every-th, and then all that may succeed and are
 smaller than the first success: whose expected loss, by a line through what was trained, lies less than two residual
-deviations above the limit. The others count as failures, with a whole epoch. Here only losses are measured, which a busy machine does not
-change; --time measures seconds, of all arms by turns, on a machine that does nothing else. Resumable: what is there is
-not made again. Afterwards exploration_report.py makes tables and the picture out of exploration.json.
+deviations above the limit. The others count as failures, with a whole epoch. Here only losses are measured, which a
+busy machine does not change; --time measures seconds, of all arms by turns, on a machine that does nothing else.
+Resumable: what is there is not made again. Afterwards exploration_report.py makes tables and the picture out of
+exploration.json.
 
     python benchmarks/exploration.py -m origin_model.pth --data multi30k --out out/exploration
     python benchmarks/exploration.py -m origin_model.pth --data multi30k --out out/exploration --time
@@ -191,10 +192,10 @@ class Exploration:
         return [int(place) for place in np.flatnonzero(expected - 2 * spread <= limit)]
 
     def walk(self, limit: float) -> dict:
-        """Train what may meet a limit and is smaller than the first that does; return that one's place, and what is left.
+        """Train what may meet a limit and is smaller than the first that does; return its place, and what is left.
 
-        The middle one goes first, since its success saves the trainings of all that are larger. Left is something only
-        if --most trainings of the arm are there.
+        The middle one goes first, since its success saves the trainings of all that are larger. Left is something
+        only if --most trainings of the arm are there.
         """
         while True:
             first = self.first("published", limit)
